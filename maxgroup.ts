@@ -1,0 +1,3119 @@
+/*
+ * max_group replaces the interrupted spot instances of Auto Scaling groups before they die.
+ *
+ *   max_group -b BUCKET -r REGION          configuration and license from s3://BUCKET/
+ *   max_group -t -r REGION                 from ./conf, against a loopback AWS_ENDPOINT_URL only
+ *
+ * AWS gives two minutes' notice. In them max_group launches a replacement from the group's own launch
+ * template, attaches it, and detaches the old instance once the new one is in service, so that the group's
+ * capacity never dips. It keeps no state of its own: what is to be done lives in three SQS queues, what was
+ * done in tags on the instances, so it can be killed at any point, started again, and run twice.
+ *
+ * The file reads top to bottom as data flows: flags, config, log, effects, notices, the handler table,
+ * the loop, the steps, the instance manager, start-up checks, main.
+ */
+import { createHash, createPublicKey, verify } from "node:crypto";
+import { closeSync, existsSync, openSync, readFileSync, writeSync } from "node:fs";
+import {
+  type Activity,
+  AttachInstancesCommand,
+  AutoScalingClient,
+  type AutoScalingGroup,
+  CreateOrUpdateTagsCommand,
+  DeleteTagsCommand,
+  DescribeAutoScalingGroupsCommand,
+  DescribeAutoScalingInstancesCommand,
+  DescribeLifecycleHooksCommand,
+  DescribeScalingActivitiesCommand,
+  DetachInstancesCommand,
+  type LaunchTemplateSpecification,
+  SetInstanceProtectionCommand,
+  TerminateInstanceInAutoScalingGroupCommand,
+  UpdateAutoScalingGroupCommand,
+} from "@aws-sdk/client-auto-scaling";
+import {
+  type _InstanceType,
+  CreateFleetCommand,
+  type CreateFleetCommandInput,
+  CreateTagsCommand,
+  DescribeInstancesCommand,
+  DescribeLaunchTemplateVersionsCommand,
+  DescribeSubnetsCommand,
+  EC2Client,
+  type Filter,
+  type FleetLaunchTemplateOverridesRequest,
+  type Instance,
+  type InstanceRequirementsRequest,
+  RunInstancesCommand,
+  type RunInstancesCommandInput,
+  TerminateInstancesCommand,
+} from "@aws-sdk/client-ec2";
+import { DescribeTargetHealthCommand, ElasticLoadBalancingV2Client } from "@aws-sdk/client-elastic-load-balancing-v2";
+import { GetObjectCommand, S3Client } from "@aws-sdk/client-s3";
+import {
+  ChangeMessageVisibilityBatchCommand,
+  DeleteMessageBatchCommand,
+  GetQueueAttributesCommand,
+  type Message,
+  ReceiveMessageCommand,
+  SendMessageBatchCommand,
+  SQSClient,
+} from "@aws-sdk/client-sqs";
+import { findNodeAtLocation, type ParseError, parseTree, printParseErrorCode } from "jsonc-parser";
+import * as v from "valibot";
+import pkg from "./package.json" with { type: "json" };
+
+// ─── Flags ───────────────────────────────────────────────────────────────────────────────────────────────
+// The manual's flags, spelled as Go spells them: -r x, -r=x, --r x. What is missing or unknown is named,
+// followed by the usage text on standard error, and the exit code is 2.
+
+export const USAGE = `  -K string
+    \tk8s config file path
+  -b string
+    \tS3 bucket for storing the MaxGroup config
+  -k string
+    \t[optional] the key of your credential
+  -l string
+    \t[optional] the log file
+  -p string
+    \t[optional] the password of your credential
+  -r string
+    \tthe region name
+  -t\t[optional] local test mode
+  -v\tcurrent version
+`;
+
+export type Flags = {
+  K?: string;
+  b?: string;
+  k?: string;
+  l?: string;
+  p?: string;
+  r?: string;
+  t: boolean;
+  v: boolean;
+};
+
+/** Reads the arguments after the program's name; a string is what is wrong with them. */
+export function parseFlags(args: string[]): Flags | string {
+  const flags: Flags = { t: false, v: false };
+  for (let i = 0; i < args.length; i++) {
+    const arg = args[i] ?? "";
+    if (arg === "--" && i === args.length - 1) break;
+    const [, name, given] = /^--?([^-=][^=]*)(?:=(.*))?$/s.exec(arg) ?? [];
+    if (name === undefined) return `unexpected argument "${arg}"`;
+    if (name === "t" || name === "v") {
+      const value = /^(?:(1|t|true)|(0|f|false))$/i.exec(given ?? "true");
+      if (!value) return `invalid boolean value "${given}" for -${name}`;
+      flags[name] = value[1] !== undefined;
+    } else if (name === "K" || name === "b" || name === "k" || name === "l" || name === "p" || name === "r") {
+      const value = given ?? args[++i];
+      if (value === undefined) return `flag needs an argument: -${name}`;
+      flags[name] = value;
+    } else return `flag provided but not defined: -${name}`;
+  }
+  if (flags.v) return flags;
+  if (!flags.r) return "region is required.";
+  if (!flags.b && !flags.t) return "S3 bucket is required.";
+  if (!flags.k !== !flags.p) return "-k and -p go together: an access key and its secret.";
+  return flags;
+}
+
+// ─── Config ──────────────────────────────────────────────────────────────────────────────────────────────
+// service_config.json crosses the border here, once. Every fault is reported, not the first: path, line,
+// what was found, what is allowed; an unknown key gets the nearest known name, because a misspelt option
+// that is silently ignored costs machines.
+
+const wholeNumber = (min: number, max: number) =>
+  v.custom<number>(
+    (x) => typeof x === "number" && Number.isInteger(x) && x >= min && x <= max,
+    `a whole number from ${min} to ${max}`,
+  );
+const flag = () => v.custom<boolean>((x) => typeof x === "boolean", "true or false");
+const text = (allowed: string, pattern = /./) => v.custom<string>((x) => typeof x === "string" && pattern.test(x), allowed);
+const port = v.pipe(
+  v.custom<number | string>(
+    (x) =>
+      (typeof x === "number" || (typeof x === "string" && /^\d+$/.test(x))) &&
+      Number.isInteger(Number(x)) &&
+      Number(x) >= 1 &&
+      Number(x) <= 65535,
+    'a port from 1 to 65535, as a number or in quotes ("8500")',
+  ),
+  v.transform(Number),
+);
+const WEEK_SECONDS = 7 * 24 * 3600;
+
+/** Options of a group, as in the manual's table and DESIGN.md; each may also stand on the group as a tag spotmax:OPTION. */
+const GROUP_OPTIONS = {
+  detaching_delay_seconds: v.optional(wholeNumber(0, 900), 20),
+  max_num_of_terminated_one_time: v.optional(wholeNumber(1, 10_000), 1),
+  preaction_termination_delay_seconds: v.optional(wholeNumber(0, WEEK_SECONDS), 10),
+  preaction_detach_delay_seconds: v.optional(wholeNumber(0, WEEK_SECONDS), 10),
+  is_enable_preaction: v.optional(flag(), false),
+  persistence_dev: v.optional(text("a device name such as /dev/sdf", /^\/dev\/\w+$/)),
+  consul_port: v.optional(port),
+  k8s_node_drain_option: v.optional(flag(), false),
+  is_enable_od_fallback: v.optional(flag(), true),
+  od_least_live_mins: v.optional(wholeNumber(0, 60 * 24 * 365), 15),
+  k8s_node_drain_grace_second: v.optional(wholeNumber(0, WEEK_SECONDS), 300),
+  k8s_config_file_path: v.optional(text("the path of a kubeconfig file")),
+  is_to_handle_rebalance_event: v.optional(flag(), false),
+  is_to_handle_maintenance_event: v.optional(flag(), false),
+  ignore_tag: v.optional(flag(), false),
+};
+const ALT = /^alt[1-9]\d*$/;
+const INSTANCE_TYPE = /^[a-z][a-z0-9-]*\.[a-z0-9-]+$/;
+/** Options that this version reads but does not act on yet: a group that asks for one is told so at start. */
+export const NOT_YET = ["is_enable_preaction", "persistence_dev", "consul_port", "k8s_node_drain_option"] as const;
+
+/** The known name that is fewest edits away, if it is near enough to be what was meant. */
+export function nearest(name: string, known: string[]): string | undefined {
+  const distance = (a: string, b: string) => {
+    let row = Array.from({ length: b.length + 1 }, (_, j) => j);
+    for (let i = 1; i <= a.length; i++) {
+      const above = row;
+      row = [i];
+      for (let j = 1; j <= b.length; j++)
+        row[j] = Math.min((above[j] ?? 0) + 1, (row[j - 1] ?? 0) + 1, (above[j - 1] ?? 0) + (a[i - 1] === b[j - 1] ? 0 : 1));
+    }
+    return row[b.length] ?? 0;
+  };
+  const [best] = known.map((k) => ({ k, d: distance(name, k) })).sort((x, y) => x.d - y.d);
+  return best && best.d <= Math.max(2, name.length / 3) ? best.k : undefined;
+}
+
+/** An object that refuses keys it does not know; valibot's own strictObject stops at the first of them. */
+function closed<E extends v.ObjectEntries>(entries: E, also?: RegExp) {
+  return v.pipe(
+    v.looseObject(entries, "an object"),
+    v.rawCheck(({ dataset, addIssue }) => {
+      const input: unknown = dataset.value;
+      if (typeof input !== "object" || input === null) return;
+      for (const [key, value] of Object.entries(input)) {
+        if (key in entries || also?.test(key)) continue;
+        const near = nearest(key, Object.keys(entries));
+        const message = `no such key${near ? `; did you mean "${near}"?` : `; known here: ${Object.keys(entries).join(", ")}`}`;
+        addIssue({
+          message,
+          input: value,
+          path: [{ type: "object", origin: "key", input: input as Record<string, unknown>, key, value }],
+        });
+      }
+    }),
+  );
+}
+
+const intervalMinutes = wholeNumber(0, 60 * 24 * 7);
+const queue = closed({
+  queue_url: text("the queue's URL, as `aws sqs get-queue-url` prints it", /^https?:\/\/[^/]+\/.+/),
+  visibility_timeout_seconds: v.optional(wholeNumber(10, 43_200), 61),
+  max_number_of_messages: v.optional(wholeNumber(1, 10), 10),
+  wait_time_seconds: v.optional(wholeNumber(0, 20), 20),
+  preaction_snapshot_interval_minutes: v.optional(intervalMinutes),
+});
+const groupSchema = v.pipe(
+  v.custom((x) => typeof x === "object" && x !== null && !Array.isArray(x), "an object"),
+  v.transform((x) => {
+    // The manual spells this option both ways; two spellings at once would hide one of the values.
+    const { dettaching_delay_seconds: twice, ...rest } = x as Record<string, unknown>;
+    return twice === undefined || "detaching_delay_seconds" in rest
+      ? (x as Record<string, unknown>)
+      : { ...rest, detaching_delay_seconds: twice };
+  }),
+  closed({ ...GROUP_OPTIONS }, ALT),
+  v.rawTransform(({ dataset, addIssue, NEVER }) => {
+    const { value } = dataset;
+    const alt: string[] = [];
+    let sound = true;
+    for (const [key, type] of Object.entries(value)
+      .filter(([key]) => ALT.test(key))
+      .sort(([a], [b]) => Number(a.slice(3)) - Number(b.slice(3)))) {
+      if (typeof type === "string" && INSTANCE_TYPE.test(type)) alt.push(type);
+      else {
+        addIssue({
+          message: "an instance type such as m5.large",
+          input: type,
+          path: [{ type: "object", origin: "value", input: value, key, value: type }],
+        });
+        sound = false;
+      }
+    }
+    return sound ? { ...value, alt } : NEVER;
+  }),
+);
+const ServiceConfig = closed({
+  system: v.optional(
+    closed({
+      log_level: v.optional(v.picklist(["debug", "info", "warn", "warning", "error"], "one of debug, info, warn, error")),
+      listen: v.optional(text("HOST:PORT", /^.*:\d+$/)),
+      config_refresh_seconds: v.optional(wholeNumber(0, 86_400), 60),
+      webhook_url: v.optional(text("an http(s) URL", /^https?:\/\//)),
+      spot_advisor_url: v.optional(text("an http(s) URL", /^https?:\/\//)),
+    }),
+    {},
+  ),
+  global: closed({
+    interruption_evt_sqs: queue,
+    detach_evt_sqs: queue,
+    termination_evt_sqs: queue,
+    preaction_snapshot_interval_minutes: v.optional(intervalMinutes),
+  }),
+  groups: v.record(v.string(), groupSchema, "an object that names at least one Auto Scaling group"),
+});
+
+export type QueueName = "interruption_evt_sqs" | "detach_evt_sqs" | "termination_evt_sqs";
+export const QUEUES: QueueName[] = ["interruption_evt_sqs", "detach_evt_sqs", "termination_evt_sqs"];
+export type Config = v.InferOutput<typeof ServiceConfig>;
+export type GroupOptions = v.InferOutput<typeof groupSchema>;
+
+/** Every fault of a file at once; the message is for people and ends the program. */
+export class ConfigError extends Error {}
+
+/**
+ * service_config.json as text to the checked configuration with its defaults.
+ * Throws ConfigError with one line a fault.
+ */
+export function parseConfig(json: string, file = "service_config.json"): Config {
+  const errors: ParseError[] = [];
+  const clean = json.replace(/^\uFEFF/, "");
+  const tree = parseTree(clean, errors, { disallowComments: true });
+  const at = (offset: number) => {
+    const before = clean.slice(0, offset).split("\n");
+    return `line ${before.length}, column ${(before.at(-1)?.length ?? 0) + 1}`;
+  };
+  const [first] = errors;
+  if (first || !tree) {
+    const what = printParseErrorCode(first?.error ?? 4)
+      .replace(/([a-z])([A-Z])/g, "$1 $2")
+      .toLowerCase();
+    throw new ConfigError(`${file} is not valid JSON: ${what} at ${at(first?.offset ?? 0)}`);
+  }
+  const parsed = v.safeParse(ServiceConfig, JSON.parse(clean));
+  const faults = (parsed.issues ?? []).map((issue) => {
+    const path = (issue.path ?? []).map((p) => String(p.key));
+    const node = findNodeAtLocation(tree, path);
+    const missing = issue.input === undefined;
+    const allowed = issue.kind === "schema" && issue.expected?.startsWith('"') ? `is missing` : issue.message;
+    const found = missing ? "is missing" : `is ${JSON.stringify(issue.input).slice(0, 80)}`;
+    const rule = issue.message.startsWith("no such key")
+      ? issue.message
+      : missing && allowed === "is missing"
+        ? ""
+        : `must be ${issue.message}`;
+    return `${path.join(".") || "the file"}${node ? ` (${at(node.offset).replace(/, .*/, "")})` : ""} ${found}${rule ? `: ${rule}` : ""}`;
+  });
+  if (parsed.success) {
+    const urls = QUEUES.map((name) => parsed.output.global[name].queue_url);
+    if (new Set(urls).size < 3) faults.push("global: the three queues must be three different queues");
+    if (!Object.keys(parsed.output.groups).length)
+      faults.push('groups is empty: name at least one Auto Scaling group, such as "web": {}');
+  }
+  if (!parsed.success || faults.length)
+    throw new ConfigError(
+      `${file} has ${faults.length} fault${faults.length === 1 ? "" : "s"}:\n${faults.map((f) => `  ${f}`).join("\n")}`,
+    );
+  return parsed.output;
+}
+
+/** The interval for preaction snapshots, from the two places in which the manual shows it; the one in `global` wins. */
+export function snapshotIntervalMinutes({ global }: Config): number {
+  return global.preaction_snapshot_interval_minutes ?? global.interruption_evt_sqs.preaction_snapshot_interval_minutes ?? 0;
+}
+
+/** A group's options with the group's own spotmax:OPTION tags laid over them; faults come back as text and change nothing. */
+export function withTags(options: GroupOptions, tags: Record<string, string>): { options: GroupOptions; faults: string[] } {
+  if (options.ignore_tag) return { options, faults: [] };
+  const faults: string[] = [];
+  const result: Record<string, unknown> = { ...options };
+  for (const [key, value] of Object.entries(tags)) {
+    const spelled = /^spotmax:([a-z0-9_]+)$/.exec(key)?.[1];
+    const name = spelled === "dettaching_delay_seconds" ? "detaching_delay_seconds" : spelled;
+    // Whoever may tag a group must not point the daemon at a file of its own host.
+    if (!name || RESERVED_TAGS.has(key) || name === "k8s_config_file_path" || name === "ignore_tag") continue;
+    if (!(name in GROUP_OPTIONS)) {
+      faults.push(`tag ${key} is no option of a group`);
+      continue;
+    }
+    const plain = /^\d+$/.test(value) ? Number(value) : value === "true" ? true : value === "false" ? false : value;
+    const checked = v.safeParse(GROUP_OPTIONS[name as keyof typeof GROUP_OPTIONS], plain);
+    if (checked.success) result[name] = checked.output;
+    else faults.push(`tag ${key} is "${value}": must be ${checked.issues[0].message}`);
+  }
+  return { options: result as GroupOptions, faults };
+}
+
+/**
+ * Checks license.txt against the build's public key (32 raw bytes, base64). `License:` is an Ed25519 signature
+ * (base64) over the other `Key:Value` lines, sorted and joined by newlines. Returns what is wrong, if anything.
+ */
+export function licenseFault(license: string, publicKey: string, now: number): string | undefined {
+  const lines = license
+    .split(/\r?\n/)
+    .map((line) => line.trim())
+    .filter(Boolean);
+  const signature = lines
+    .find((line) => line.startsWith("License:"))
+    ?.slice("License:".length)
+    .trim();
+  if (!signature) return "license.txt has no line License:SIGNATURE; ask your distributor for a signed one";
+  const signed = lines
+    .filter((line) => !line.startsWith("License:"))
+    .sort()
+    .join("\n");
+  const key = createPublicKey({
+    key: { kty: "OKP", crv: "Ed25519", x: Buffer.from(publicKey, "base64").toString("base64url") },
+    format: "jwk",
+  });
+  if (!verify(null, Buffer.from(signed), key, Buffer.from(signature, "base64")))
+    return "the signature in license.txt does not fit its lines: it was changed, or signed for another build";
+  const expires = /^Expires:\s*(\d{4}-\d\d-\d\d)\s*$/m.exec(signed)?.[1];
+  if (expires && now >= Date.parse(expires) + 86_400_000)
+    return `the license ended on ${expires}; ask your distributor for a new one`;
+}
+
+// ─── Log ─────────────────────────────────────────────────────────────────────────────────────────────────
+// One line an event: `INFO[0001] message key=value` for people at a terminal, logfmt for machines. Every line
+// of a replacement carries group, instance and notice, so that one grep tells its story.
+
+const LEVELS = ["debug", "info", "warn", "error"] as const;
+export type Level = (typeof LEVELS)[number];
+export type Fields = Record<string, string | number | boolean | undefined>;
+export type Log = Record<Level, (message: string, fields?: Fields) => void> & {
+  with: (fields: Fields) => Log;
+};
+
+export function formatLine(level: Level, message: string, fields: Fields, nowMs: number, startMs: number, tty: boolean): string {
+  const quote = (x: unknown) => (/^[\w.:/@*+,-]+$/.test(String(x)) ? String(x) : JSON.stringify(String(x)));
+  const pairs = Object.entries(fields)
+    .filter(([, x]) => x !== undefined)
+    .map(([k, x]) => ` ${k}=${quote(x)}`)
+    .join("");
+  if (tty) {
+    const seconds = String(Math.floor((nowMs - startMs) / 1000)).padStart(4, "0");
+    return `${level.slice(0, 4).toUpperCase().padEnd(4, "U")}[${seconds}] ${message}${pairs}\n`;
+  }
+  const time = new Date(nowMs).toISOString().replace(/\.\d+Z$/, "Z");
+  return `time=${JSON.stringify(time)} level=${level === "warn" ? "warning" : level} msg=${JSON.stringify(message)}${pairs}\n`;
+}
+
+/** `write` takes finished lines; `level` is read at every line, so that a refreshed configuration takes effect. */
+export function makeLog(write: (line: string) => void, now: () => number, tty: boolean, level: () => Level): Log {
+  const startMs = now();
+  const bound = (context: Fields): Log => {
+    const at =
+      (name: Level) =>
+      (message: string, fields: Fields = {}) => {
+        if (LEVELS.indexOf(name) >= LEVELS.indexOf(level()))
+          write(formatLine(name, message, { ...context, ...fields }, now(), startMs, tty));
+      };
+    return {
+      debug: at("debug"),
+      info: at("info"),
+      warn: at("warn"),
+      error: at("error"),
+      with: (more) => bound({ ...context, ...more }),
+    };
+  };
+  return bound({});
+}
+
+/** `minlevel` of conf/seelog.xml, the manual's file; it counts where `system.log_level` is absent. */
+export function seelogLevel(xml: string): Level | undefined {
+  const name = /\bminlevel\s*=\s*"(\w+)"/.exec(xml)?.[1]?.toLowerCase();
+  if (name === "trace") return "debug";
+  return name === "critical" ? "error" : LEVELS.find((level) => level === name);
+}
+
+// ─── Effects ─────────────────────────────────────────────────────────────────────────────────────────────
+// Everything that reaches outside stands in one object, made in main and faked nowhere but in the simulator.
+// The SDK's own retries are off: they sleep on a clock of their own and know nothing of our deadlines.
+
+export type Sender<Client extends { send: unknown }> = Pick<Client, "send">;
+export type Deps = {
+  ec2: Sender<EC2Client>;
+  autoScaling: Sender<AutoScalingClient>;
+  elb: Sender<ElasticLoadBalancingV2Client>;
+  s3: Sender<S3Client>;
+  /** SQS v3 sends to the queue's own host and warns where that is not the client's: one client a host. */
+  sqs: (queueUrl: string) => Sender<SQSClient>;
+  /** Milliseconds since 1970. */
+  now: () => number;
+  /** Rejects with the signal's reason when it is aborted. */
+  sleep: (ms: number, signal?: AbortSignal) => Promise<void>;
+  /** 0 <= x < 1 */
+  random: () => number;
+  log: Log;
+};
+
+/** Try the same call again: the service asks for patience, or nobody knows what became of it. */
+const RETRYABLE = new Set(
+  `Throttling ThrottlingException ThrottledException RequestThrottled RequestThrottledException RequestLimitExceeded
+   TooManyRequestsException SlowDown EC2ThrottledException PriorRequestNotComplete ResourceContention
+   ScalingActivityInProgress ServiceUnavailable Unavailable InternalError InternalFailure InternalServerError
+   ServiceFailure TimeoutError RequestTimeout RequestTimeoutException RequestExpired RequestInTheFuture
+   RequestTimeTooSkewed NetworkingError ECONNREFUSED ECONNRESET EPIPE ETIMEDOUT ENOTFOUND EAI_AGAIN ConnectionRefused
+   ConnectionClosed FailedToOpenSocket UND_ERR_SOCKET`.split(/\s+/),
+);
+/** This choice of pools has nothing for us now: go on with the next one. */
+const CAPACITY = new Set(
+  `InsufficientInstanceCapacity InsufficientHostCapacity InsufficientReservedInstanceCapacity InsufficientCapacity
+   MaxSpotInstanceCountExceeded SpotMaxPriceTooLow VcpuLimitExceeded InstanceLimitExceeded UnfulfillableCapacity
+   Unsupported UnsupportedOperation InsufficientFreeAddressesInSubnet MaxFleetCountExceeded`.split(/\s+/),
+);
+/** Not there: success where absence was wanted, patience just after a launch. */
+const NOT_FOUND = new Set(["InvalidInstanceID.NotFound", "InvalidInstanceID.Malformed", "InvalidID"]);
+
+/** The AWS error's name, through whatever it was wrapped in. */
+export function errorName(error: unknown): string {
+  if (!(error instanceof Error)) return String(error);
+  if (error.cause instanceof Error) return errorName(error.cause);
+  return error.name === "Error" && "code" in error && typeof error.code === "string" ? error.code : error.name;
+}
+function errorText(error: unknown): string {
+  if (!(error instanceof Error)) return String(error);
+  return error.cause instanceof Error ? `${error.message}: ${errorText(error.cause)}` : error.message || error.name;
+}
+const status = (error: unknown): number => {
+  const meta = error instanceof Error && "$metadata" in error ? (error.$metadata as { httpStatusCode?: number }) : {};
+  return meta.httpStatusCode ?? 0;
+};
+const isRetryable = (error: unknown) =>
+  RETRYABLE.has(errorName(error)) || status(error instanceof Error && error.cause ? error.cause : error) >= 500;
+/** The instance IDs that an error's text names. */
+const named = (error: unknown) => errorText(error).match(/\bi-[0-9a-f]{8,17}\b/g) ?? [];
+
+/** The program is being stopped; what was waiting gives way. */
+class Stopped extends Error {}
+
+/** Waits, but not beyond the program's own end. */
+async function pause(ctx: Ctx, ms: number): Promise<void> {
+  try {
+    await ctx.deps.sleep(ms, ctx.signal);
+  } catch (cause) {
+    if (ctx.signal.aborted) throw new Stopped("stopping", { cause });
+    throw cause;
+  }
+}
+/** Waits for the next full multiple of `ms`, so that all who wait wake together and share their reads. */
+const tick = (ctx: Ctx, ms: number) => pause(ctx, ms - (ctx.deps.now() % ms));
+
+/**
+ * One AWS call with its own time limit and, unless `tries` is 1, retries with jittered backoff on what RETRYABLE
+ * names and on 5xx. Only what may be repeated is repeated: every call here is idempotent by ID, token or state.
+ * Throws the last error, wrapped once, beginning with what was being done.
+ */
+async function aws<T>(
+  ctx: Ctx,
+  doing: string,
+  send: (options: { abortSignal: AbortSignal }) => Promise<T>,
+  { tries = 6, timeoutMs = 15_000 }: { tries?: number; timeoutMs?: number } = {},
+): Promise<T> {
+  for (let attempt = 1; ; attempt++) {
+    const limit = new AbortController();
+    const done = new AbortController();
+    try {
+      return await Promise.race([
+        send({ abortSignal: limit.signal }),
+        ctx.deps.sleep(timeoutMs, done.signal).then(() => {
+          const late = Object.assign(new Error(`no answer in ${timeoutMs / 1000} s`), { name: "TimeoutError" });
+          limit.abort(late);
+          throw late;
+        }),
+      ]);
+    } catch (cause) {
+      if (attempt >= tries || !isRetryable(cause)) throw new Error(doing, { cause });
+      ctx.deps.log.debug(`${doing}: ${errorText(cause)}; trying again`, { error: errorName(cause), attempt });
+      await pause(ctx, ctx.deps.random() * Math.min(4_000, 150 * 2 ** attempt));
+    } finally {
+      // The loser of the race has no listener left.
+      done.abort(new Stopped("answered"));
+    }
+  }
+}
+
+// ─── Natural batching ────────────────────────────────────────────────────────────────────────────────────
+// What is asked for in the same turn, or while earlier calls are under way, shares the next call. Nobody waits
+// for a timer: an idle batcher sends a lone item at once, a busy one fills its calls by itself.
+
+type Batcher<K, V> = { (item: K): Promise<V>; waiting: () => number };
+
+/**
+ * `run` gets up to `limit` items that are `alike` and answers with one value or Error for each, in order; at most
+ * `parallel` runs are under way.
+ */
+export function batcher<K, V>(
+  deps: Pick<Deps, "sleep">,
+  { limit, parallel = 1, alike = () => "" }: { limit: number; parallel?: number; alike?: (item: K) => string },
+  run: (items: K[]) => Promise<(V | Error)[]>,
+): Batcher<K, V> {
+  type Waiting = { item: K; resolve: (value: V) => void; reject: (reason: unknown) => void };
+  let queued: Waiting[] = [];
+  let running = 0;
+  let turn = false;
+  const flush = async (batch: Waiting[]) => {
+    running++;
+    try {
+      const answers = await run(batch.map((w) => w.item));
+      batch.forEach(({ resolve, reject }, i) => {
+        const answer = answers[i];
+        if (answer instanceof Error) reject(answer);
+        else resolve(answer as V);
+      });
+    } catch (error) {
+      for (const { reject } of batch) reject(error);
+    } finally {
+      running--;
+      pump();
+    }
+  };
+  const pump = () => {
+    for (let [first] = queued; first && running < parallel; [first] = queued) {
+      const kind = alike(first.item);
+      const batch: Waiting[] = [];
+      const rest: Waiting[] = [];
+      for (const w of queued) (batch.length < limit && alike(w.item) === kind ? batch : rest).push(w);
+      queued = rest;
+      void flush(batch);
+    }
+  };
+  const add = (item: K) =>
+    new Promise<V>((resolve, reject) => {
+      queued.push({ item, resolve, reject });
+      if (turn) return;
+      turn = true;
+      void deps.sleep(0).then(() => {
+        turn = false;
+        pump();
+      });
+    });
+  return Object.assign(add, { waiting: () => queued.length });
+}
+
+/** A batched read by key: equal keys share one place in the call; what is absent comes back undefined. */
+function reader<V>(deps: Deps, limit: number, parallel: number, read: (keys: string[]) => Promise<Map<string, V>>) {
+  return batcher<string, V | undefined>(deps, { limit, parallel }, async (keys) => {
+    const found = await read([...new Set(keys)]);
+    return keys.map((key) => found.get(key));
+  });
+}
+
+/** Runs one after another what must not overlap. */
+function mutex() {
+  let tail: Promise<unknown> = Promise.resolve();
+  return <T>(run: () => Promise<T>): Promise<T> => {
+    const result = tail.then(run);
+    tail = result.catch(() => undefined); // its caller hears of the failure; the next in line must not
+    return result;
+  };
+}
+
+// ─── The cloud as we see it ──────────────────────────────────────────────────────────────────────────────
+// AWS's answers become plain records here, once; a member without an ID or a group without a name is left out.
+
+export const TAG = {
+  group: "spotmax:group",
+  replaces: "spotmax:replaces",
+  order: "spotmax:order",
+  attached: "spotmax:attached",
+  detached: "spotmax:detached",
+  fallback: "spotmax:fallback",
+  maxSize: "spotmax:max_size",
+} as const;
+export const RESERVED_TAGS = new Set<string>(Object.values(TAG));
+
+export type Ec2Instance = {
+  id: string;
+  type: string;
+  zone: string;
+  state: string;
+  stateReason: string;
+  spot: boolean;
+  launchedMs: number;
+  tags: Record<string, string>;
+};
+export type Member = {
+  id: string;
+  group: string;
+  lifecycleState: string;
+  zone: string;
+  type: string;
+  isProtected: boolean;
+  weight: number;
+};
+export type Override = {
+  type?: string;
+  requirements?: InstanceRequirementsRequest;
+  weight: number;
+  template?: LaunchTemplateSpecification;
+};
+export type Group = {
+  name: string;
+  min: number;
+  max: number;
+  desired: number;
+  zones: string[];
+  subnets: string[];
+  members: Map<string, Member>;
+  suspended: Set<string>;
+  /** Set while the group is being deleted. */
+  status: string | undefined;
+  targetGroups: string[];
+  tags: Record<string, string>;
+  propagatedTags: { Key: string; Value: string }[];
+  template: LaunchTemplateSpecification | undefined;
+  overrides: Override[];
+  spotMaxPrice: string | undefined;
+  prioritized: boolean;
+  /** units, vcpu or memory-mib: what desired counts in. */
+  desiredType: string;
+  capacityRebalance: boolean;
+  protectsNew: boolean;
+  healthCheck: { type: string; graceSeconds: number };
+};
+
+const tagsOf = (tags: { Key?: string; Value?: string }[] | undefined) =>
+  Object.fromEntries((tags ?? []).flatMap(({ Key, Value }) => (Key === undefined ? [] : [[Key, Value ?? ""]])));
+
+export function toInstance(i: Instance): Ec2Instance | undefined {
+  if (!i.InstanceId) return undefined;
+  return {
+    id: i.InstanceId,
+    type: i.InstanceType ?? "",
+    zone: i.Placement?.AvailabilityZone ?? "",
+    state: i.State?.Name ?? "",
+    stateReason: [i.StateReason?.Code, i.StateReason?.Message].filter(Boolean).join(": "),
+    spot: i.InstanceLifecycle === "spot",
+    launchedMs: i.LaunchTime?.getTime() ?? 0,
+    tags: tagsOf(i.Tags),
+  };
+}
+const isLiving = (i: Ec2Instance | undefined): boolean => i?.state === "pending" || i?.state === "running";
+const isGone = (i: Ec2Instance | undefined) => !i || i.state === "terminated" || i.state === "shutting-down";
+
+export function toGroup(g: AutoScalingGroup): Group | undefined {
+  if (!g.AutoScalingGroupName) return undefined;
+  const name = g.AutoScalingGroupName;
+  const policy = g.MixedInstancesPolicy;
+  const members = (g.Instances ?? []).flatMap((i) =>
+    i.InstanceId
+      ? [
+          {
+            id: i.InstanceId,
+            group: name,
+            lifecycleState: i.LifecycleState ?? "",
+            zone: i.AvailabilityZone ?? "",
+            type: i.InstanceType ?? "",
+            isProtected: i.ProtectedFromScaleIn ?? false,
+            weight: Number(i.WeightedCapacity ?? 1) || 1,
+          },
+        ]
+      : [],
+  );
+  return {
+    name,
+    min: g.MinSize ?? 0,
+    max: g.MaxSize ?? 0,
+    desired: g.DesiredCapacity ?? 0,
+    zones: g.AvailabilityZones ?? [],
+    subnets: (g.VPCZoneIdentifier ?? "")
+      .split(",")
+      .map((s) => s.trim())
+      .filter(Boolean),
+    members: new Map(members.map((m) => [m.id, m])),
+    suspended: new Set((g.SuspendedProcesses ?? []).map((p) => p.ProcessName ?? "")),
+    status: g.Status,
+    targetGroups: [
+      ...new Set([
+        ...(g.TargetGroupARNs ?? []),
+        ...(g.TrafficSources ?? []).flatMap((t) => (t.Type === "elbv2" && t.Identifier ? [t.Identifier] : [])),
+      ]),
+    ],
+    tags: tagsOf(g.Tags),
+    // CloudFormation puts tags of AWS's own on groups; a caller may not set those.
+    propagatedTags: (g.Tags ?? []).flatMap((t) =>
+      t.PropagateAtLaunch && t.Key && !t.Key.startsWith("aws:") && !RESERVED_TAGS.has(t.Key)
+        ? [{ Key: t.Key, Value: t.Value ?? "" }]
+        : [],
+    ),
+    template: g.LaunchTemplate ?? policy?.LaunchTemplate?.LaunchTemplateSpecification,
+    overrides: (policy?.LaunchTemplate?.Overrides ?? []).map((o) => ({
+      type: o.InstanceType,
+      requirements: o.InstanceRequirements as InstanceRequirementsRequest | undefined,
+      weight: Number(o.WeightedCapacity ?? 1) || 1,
+      template: o.LaunchTemplateSpecification,
+    })),
+    spotMaxPrice: policy?.InstancesDistribution?.SpotMaxPrice || undefined,
+    prioritized: policy?.InstancesDistribution?.OnDemandAllocationStrategy === "prioritized",
+    desiredType: g.DesiredCapacityType ?? "units",
+    capacityRebalance: g.CapacityRebalance ?? false,
+    protectsNew: g.NewInstancesProtectedFromScaleIn ?? false,
+    healthCheck: { type: g.HealthCheckType ?? "EC2", graceSeconds: g.HealthCheckGracePeriod ?? 0 },
+  };
+}
+
+/**
+ * The old instance that a claim (an instance of ours) replaces. A batch names several, and `spotmax:order` says
+ * which is whose: the n-th replaces the n-th. Undefined where the order is not written yet or does not reach.
+ */
+export function replacedBy(claim: Ec2Instance): string | undefined {
+  const olds = (claim.tags[TAG.replaces] ?? "").split(" ").filter(Boolean);
+  if (olds.length < 2) return olds[0];
+  const place = claim.tags[TAG.order]?.split(" ").indexOf(claim.id) ?? -1;
+  return place < 0 ? undefined : olds[place];
+}
+const isSettled = (claim: Ec2Instance) => TAG.attached in claim.tags;
+/** Who wins where two claims live for one old instance: a settled one, else the lowest ID, whatever is attached. */
+export function winner(claims: Ec2Instance[]): Ec2Instance | undefined {
+  return claims.filter(isLiving).sort((a, b) => Number(isSettled(b)) - Number(isSettled(a)) || (a.id < b.id ? -1 : 1))[0];
+}
+
+/** How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself. */
+export function howItLeft(
+  activities: Activity[],
+  instance: string,
+  detachedTag: boolean,
+): "decremented" | "substituted" | "unknown" {
+  for (const { Description = "", Cause = "" } of activities) {
+    if (!/^(Detaching|Terminating) /.test(Description) || !`${Description} `.includes(`${instance} `)) continue;
+    return /shrinking the capacity/.test(Cause) ? "decremented" : "substituted";
+  }
+  return detachedTag ? "decremented" : "unknown";
+}
+
+/** All batched reads and queue writes; the numbers are AWS's own limits a call. */
+function makeCloud(ctx: Ctx) {
+  const { deps } = ctx;
+  /** All pages of one DescribeInstances. */
+  const describe = async (doing: string, filters: Filter[]) => {
+    const found: Ec2Instance[] = [];
+    let NextToken: string | undefined;
+    do {
+      const page = await aws(ctx, doing, (o) =>
+        deps.ec2.send(new DescribeInstancesCommand({ Filters: filters, MaxResults: 1000, NextToken }), o),
+      );
+      for (const r of page.Reservations ?? []) found.push(...(r.Instances ?? []).flatMap((i) => toInstance(i) ?? []));
+      NextToken = page.NextToken;
+    } while (NextToken);
+    return found;
+  };
+  const queueWrite = <T extends { queue: string }>(
+    doing: string,
+    write: (
+      client: Sender<SQSClient>,
+      QueueUrl: string,
+      items: T[],
+      o: { abortSignal: AbortSignal },
+    ) => Promise<{ Failed?: { Id?: string; Code?: string; Message?: string; SenderFault?: boolean }[] }>,
+  ) =>
+    batcher<T, void>(deps, { limit: 10, parallel: 8, alike: (item) => item.queue }, async (items) => {
+      const url = items[0]?.queue ?? "";
+      const { Failed = [] } = await aws(ctx, doing, (o) => write(deps.sqs(url), url, items, o));
+      const failed = new Map(Failed.map((f) => [f.Id, f]));
+      return items.map((_, i) => {
+        const f = failed.get(String(i));
+        return f
+          ? Object.assign(new Error(`${doing}: ${f.Code}: ${f.Message ?? ""}`), {
+              name: f.SenderFault === false ? "InternalError" : (f.Code ?? "Failed"),
+            })
+          : undefined;
+      });
+    });
+  return {
+    describe,
+    /** By filter, not by ID: an unknown ID is then absent instead of failing the whole call. */
+    instance: reader<Ec2Instance>(deps, 100, 4, async (ids) => {
+      const found = await describe("reading instances", [{ Name: "instance-id", Values: ids }]);
+      return new Map(found.map((i) => [i.id, i]));
+    }),
+    /** Every instance, dead ones included, whose spotmax:replaces names this one. AWS allows 200 values a filter. */
+    naming: reader<Ec2Instance[]>(deps, 100, 4, async (olds) => {
+      const found = await describe("looking for claims", [{ Name: `tag:${TAG.replaces}`, Values: olds.map((id) => `*${id}*`) }]);
+      return new Map(olds.map((id) => [id, found.filter((i) => (i.tags[TAG.replaces] ?? "").split(" ").includes(id))]));
+    }),
+    member: reader<Member>(deps, 50, 4, async (ids) => {
+      const { AutoScalingInstances = [] } = await aws(ctx, "finding groups", (o) =>
+        deps.autoScaling.send(new DescribeAutoScalingInstancesCommand({ InstanceIds: ids }), o),
+      );
+      return new Map(
+        AutoScalingInstances.flatMap((m) =>
+          m.InstanceId && m.AutoScalingGroupName
+            ? [
+                [
+                  m.InstanceId,
+                  {
+                    id: m.InstanceId,
+                    group: m.AutoScalingGroupName,
+                    lifecycleState: m.LifecycleState ?? "",
+                    zone: m.AvailabilityZone ?? "",
+                    type: m.InstanceType ?? "",
+                    isProtected: m.ProtectedFromScaleIn ?? false,
+                    weight: Number(m.WeightedCapacity ?? 1) || 1,
+                  },
+                ],
+              ]
+            : [],
+        ),
+      );
+    }),
+    group: reader<Group>(deps, 50, 4, async (names) => {
+      const { AutoScalingGroups = [] } = await aws(ctx, "reading groups", (o) =>
+        deps.autoScaling.send(new DescribeAutoScalingGroupsCommand({ AutoScalingGroupNames: names, MaxRecords: 100 }), o),
+      );
+      return new Map(AutoScalingGroups.flatMap((g) => toGroup(g) ?? []).map((g) => [g.name, g]));
+    }),
+    /** The newest hundred; what left earlier than that left hours ago. */
+    activities: reader<Activity[]>(deps, 1, 4, async ([name = ""]) => {
+      const { Activities = [] } = await aws(ctx, `reading the activities of ${name}`, (o) =>
+        deps.autoScaling.send(new DescribeScalingActivitiesCommand({ AutoScalingGroupName: name, MaxRecords: 100 }), o),
+      );
+      return new Map([[name, Activities]]);
+    }),
+    /** Healthy in one target group; key: ARN, space, instance ID. */
+    isHealthy: batcher<{ arn: string; id: string }, boolean>(
+      deps,
+      { limit: 100, parallel: 4, alike: (t) => t.arn },
+      async (targets) => {
+        const arn = targets[0]?.arn ?? "";
+        const Targets = [...new Set(targets.map((t) => t.id))].map((Id) => ({ Id }));
+        const { TargetHealthDescriptions = [] } = await aws(ctx, "reading target health", (o) =>
+          deps.elb.send(new DescribeTargetHealthCommand({ TargetGroupArn: arn, Targets }), o),
+        );
+        // `unused`: no load balancer sends to this target group, so nothing can become healthy in it.
+        const good = new Set(
+          TargetHealthDescriptions.flatMap((d) =>
+            d.TargetHealth?.State === "healthy" ||
+            (d.TargetHealth?.State === "unused" && d.TargetHealth.Reason === "Target.NotInUse")
+              ? [d.Target?.Id]
+              : [],
+          ),
+        );
+        return targets.map((t) => good.has(t.id));
+      },
+    ),
+    send: queueWrite<{ queue: string; body: string; delaySeconds: number }>("sending messages", (client, QueueUrl, items, o) =>
+      client.send(
+        new SendMessageBatchCommand({
+          QueueUrl,
+          Entries: items.map((m, i) => ({
+            Id: String(i),
+            MessageBody: m.body,
+            DelaySeconds: Math.max(0, Math.min(900, Math.round(m.delaySeconds))),
+          })),
+        }),
+        o,
+      ),
+    ),
+    remove: queueWrite<{ queue: string; receipt: string }>("deleting messages", (client, QueueUrl, items, o) =>
+      client.send(
+        new DeleteMessageBatchCommand({ QueueUrl, Entries: items.map((m, i) => ({ Id: String(i), ReceiptHandle: m.receipt })) }),
+        o,
+      ),
+    ),
+    lease: queueWrite<{ queue: string; receipt: string; seconds: number }>("holding messages", (client, QueueUrl, items, o) =>
+      client.send(
+        new ChangeMessageVisibilityBatchCommand({
+          QueueUrl,
+          Entries: items.map((m, i) => ({ Id: String(i), ReceiptHandle: m.receipt, VisibilityTimeout: m.seconds })),
+        }),
+        o,
+      ),
+    ),
+    /** One CreateTags for a whole batch. Just after a launch AWS may not know the ID yet: patience, `patienceMs` long; then those unknown are left out. */
+    tag: async (ids: string[], tags: Record<string, string>, patienceMs = 0) => {
+      const until = deps.now() + patienceMs;
+      for (let left = ids; left.length; ) {
+        try {
+          await aws(ctx, `tagging ${left.join(" ")}`, (o) =>
+            deps.ec2.send(
+              new CreateTagsCommand({ Resources: left, Tags: Object.entries(tags).map(([Key, Value]) => ({ Key, Value })) }),
+              o,
+            ),
+          );
+          return;
+        } catch (error) {
+          if (!NOT_FOUND.has(errorName(error))) throw error;
+          if (deps.now() < until) {
+            await pause(ctx, 1_000);
+            continue;
+          }
+          const unknown = new Set(named((error as Error).cause));
+          const known = left.filter((id) => !unknown.has(id));
+          if (known.length === left.length) throw error;
+          left = known;
+        }
+      }
+    },
+    terminate: async (ids: string[]) => {
+      try {
+        await aws(ctx, `terminating ${ids.join(" ")}`, (o) =>
+          deps.ec2.send(new TerminateInstancesCommand({ InstanceIds: ids }), o),
+        );
+      } catch (error) {
+        if (!NOT_FOUND.has(errorName(error))) throw error; // gone already is what was wanted
+        if (ids.length > 1) for (const id of ids) await ctx.cloud.terminate([id]);
+      }
+    },
+  };
+}
+export type Cloud = ReturnType<typeof makeCloud> & { terminate: (ids: string[]) => Promise<void> };
+
+/** What the process remembers. All of it may be lost at any moment: it saves calls and says what is in hand. */
+export type State = {
+  config: Config;
+  /** Groups looked after, with their options; `broken` says why one is left out at the moment. */
+  groups: Map<string, { options: GroupOptions; broken?: string }>;
+  /** Messages in hand, by queue and message ID. */
+  inHand: Map<string, Work>;
+  /** Our living instances as the instance manager last saw them, with those launched since. */
+  claims: Map<string, Ec2Instance>;
+  /** Launches under way, by old instance: one daemon never launches two. */
+  launching: Map<string, Promise<string | undefined>>;
+  /** Old instances that were let in without a hard deadline and are not visible as claims yet, by group. */
+  admitted: Map<string, Set<string>>;
+  /** Pools that failed or are being reclaimed, until when (ms); a hint only. */
+  failedPools: Map<string, number>;
+  lanes: Map<string, Lane>;
+  /** Launch templates and subnets, a minute each. */
+  cache: Map<string, { atMs: number; value: Promise<unknown> }>;
+  /** When the manager first saw a claim outside every group. */
+  outsideSince: Map<string, number>;
+  /** When a surplus or lost claim was last acted on, by claim. */
+  actedMs: Map<string, number>;
+  /** Raised maximums that may go back: since when, and since when desired stands above. */
+  restoring: Map<string, { calmSinceMs?: number; aboveSinceMs?: number }>;
+};
+export type Ctx = { deps: Deps; state: State; cloud: Cloud; signal: AbortSignal };
+/** One group's changes: launches share calls, attaches and detaches are made one after another. */
+export type Lane = {
+  exclusive: <T>(run: () => Promise<T>) => Promise<T>;
+  launch: Batcher<LaunchItem, string | undefined>;
+  attach: Batcher<AttachItem, AttachVerdict>;
+  detach: Batcher<DetachItem, DetachVerdict>;
+};
+
+export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ctx {
+  const state: State = {
+    config,
+    groups: new Map(),
+    inHand: new Map(),
+    claims: new Map(),
+    launching: new Map(),
+    admitted: new Map(),
+    failedPools: new Map(),
+    lanes: new Map(),
+    cache: new Map(),
+    outsideSince: new Map(),
+    actedMs: new Map(),
+    restoring: new Map(),
+  };
+  const ctx = { deps, state, signal } as Ctx;
+  ctx.cloud = makeCloud(ctx);
+  return ctx;
+}
+
+function lane(ctx: Ctx, group: string): Lane {
+  const known = ctx.state.lanes.get(group);
+  if (known) return known;
+  const exclusive = mutex();
+  const made: Lane = {
+    exclusive,
+    launch: batcher(ctx.deps, { limit: 10, parallel: 8, alike: (item) => item.ask }, (items) => launchBatch(ctx, group, items)),
+    attach: batcher(ctx.deps, { limit: 20 }, (items) => exclusive(() => attachBatch(ctx, group, items))),
+    detach: batcher(ctx.deps, { limit: 20, alike: (item) => String(item.decrement) }, (items) =>
+      exclusive(() => detachBatch(ctx, group, items)),
+    ),
+  };
+  ctx.state.lanes.set(group, made);
+  return made;
+}
+
+// ─── Notices ─────────────────────────────────────────────────────────────────────────────────────────────
+// A kind of event is one row: which option switches it on, how to read the instance IDs, whether it has a hard
+// deadline. Events are account-wide, best effort and at least once: most name strangers, some come twice.
+
+const INSTANCE_ID = /^i-(?:[0-9a-f]{8}|[0-9a-f]{17})$/;
+const instanceId = text("an instance ID", INSTANCE_ID);
+
+type NoticeKind = {
+  kind: "interruption" | "rebalance" | "maintenance";
+  /** The group option that switches this kind on; without one it is always on. */
+  option?: "is_to_handle_rebalance_event" | "is_to_handle_maintenance_event";
+  /** From the event's time until the instance goes; absent: it may stay. */
+  deadlineSeconds?: number;
+  /** The IDs in the event's detail; an empty list: not for us. Throws where the detail is broken. */
+  read: (detail: unknown) => string[];
+};
+const oneInstance = v.object({ "instance-id": instanceId });
+const healthEvent = v.object({
+  service: v.string(),
+  eventTypeCategory: v.string(),
+  statusCode: v.optional(v.string()),
+  affectedEntities: v.optional(v.array(v.object({ entityValue: v.optional(v.string()) })), []),
+});
+
+const NOTICES: Record<string, NoticeKind> = {
+  "EC2 Spot Instance Interruption Warning": {
+    kind: "interruption",
+    deadlineSeconds: 120,
+    read: (detail) => [v.parse(oneInstance, detail)["instance-id"]],
+  },
+  "EC2 Instance Rebalance Recommendation": {
+    kind: "rebalance",
+    option: "is_to_handle_rebalance_event",
+    read: (detail) => [v.parse(oneInstance, detail)["instance-id"]],
+  },
+  "AWS Health Event": {
+    kind: "maintenance",
+    option: "is_to_handle_maintenance_event",
+    read: (detail) => {
+      const { service, eventTypeCategory, statusCode, affectedEntities } = v.parse(healthEvent, detail);
+      if (service !== "EC2" || eventTypeCategory !== "scheduledChange" || statusCode === "closed") return [];
+      return [
+        ...new Set(affectedEntities.flatMap(({ entityValue = "" }) => (INSTANCE_ID.test(entityValue) ? [entityValue] : []))),
+      ];
+    },
+  },
+};
+const DETACH = "MaxGroup Detach";
+const TERMINATION = "MaxGroup Termination";
+
+/** What travels in every copy and follow-up, so that what is begun is finished with the options it began with. */
+const carriedSchema = v.object({
+  group: v.string(),
+  kind: v.picklist(["interruption", "rebalance", "maintenance"]),
+  notice: v.string(),
+  /** Milliseconds since 1970; absent: no hard deadline. */
+  deadlineMs: v.optional(v.number()),
+  /** Not before this time: SQS carries a delay of 900 s at most, so a longer one is sent on again. */
+  dueMs: v.optional(v.number()),
+  oldProtected: v.optional(v.boolean(), false),
+  detachSent: v.optional(v.boolean(), false),
+  options: v.pipe(
+    v.record(v.string(), v.unknown()),
+    v.transform(({ alt, ...rest }) => ({ alt, rest })),
+    v.transform(({ alt, rest }) => {
+      const names = Array.isArray(alt) ? alt.map((type, i) => [`alt${i + 1}`, type]) : [];
+      return v.parse(groupSchema, { ...rest, ...Object.fromEntries(names) });
+    }),
+  ),
+});
+export type Carried = v.InferOutput<typeof carriedSchema>;
+const envelope = v.looseObject({
+  "detail-type": v.string(),
+  id: v.optional(v.string(), ""),
+  time: v.optional(v.unknown()),
+  detail: v.optional(v.unknown()),
+  maxgroup: v.optional(carriedSchema),
+});
+
+export type Notice = {
+  type: string;
+  kind: "interruption" | "rebalance" | "maintenance";
+  id: string;
+  instances: string[];
+  /** The event's own time, ms since 1970. */
+  timeMs: number | undefined;
+  carried: Carried | undefined;
+};
+/** What a message's body says; "not ours" is well formed and somebody else's. Throws where it cannot be understood. */
+export function readNotice(body: string, queue: QueueName): Notice | { notOurs: string } {
+  let json: unknown;
+  try {
+    json = JSON.parse(body);
+  } catch (cause) {
+    throw new Error("the message is not JSON", { cause });
+  }
+  const parsed = v.safeParse(envelope, json);
+  if (!parsed.success) throw new Error(`the message is no EventBridge event: ${faultsOf(parsed.issues)}`);
+  const event = parsed.output;
+  const type = event["detail-type"];
+  const timeMs = typeof event.time === "string" ? Date.parse(event.time) : Number.NaN;
+  const common = {
+    type,
+    id: event.maxgroup?.notice ?? event.id,
+    timeMs: Number.isNaN(timeMs) ? undefined : timeMs,
+    carried: event.maxgroup,
+  };
+  if (type === DETACH || type === TERMINATION) {
+    if (!event.maxgroup) throw new Error(`a ${type} message without its "maxgroup" part`);
+    const wanted = type === DETACH ? "detach_evt_sqs" : "termination_evt_sqs";
+    if (queue !== wanted) return { notOurs: `${type} belongs on ${wanted}` };
+    return {
+      ...common,
+      kind: event.maxgroup.kind,
+      instances: [parseDetail(type, () => v.parse(oneInstance, event.detail)["instance-id"])],
+    };
+  }
+  const row = Object.hasOwn(NOTICES, type) ? NOTICES[type] : undefined;
+  if (!row) return { notOurs: `events of type "${type}" are not for max_group` };
+  const instances = parseDetail(type, () => row.read(event.detail));
+  if (queue !== "interruption_evt_sqs")
+    return { notOurs: `"${type}" belongs on interruption_evt_sqs: check the EventBridge rule's target` };
+  if (!instances.length) return { notOurs: `this "${type}" names no EC2 instance to be moved` };
+  return { ...common, kind: row.kind, instances };
+}
+const faultsOf = (issues: v.BaseIssue<unknown>[]) =>
+  issues.map((i) => `${v.getDotPath(i) ?? "the whole"}: ${i.message}`).join("; ");
+function parseDetail<T>(type: string, read: () => T): T {
+  try {
+    return read();
+  } catch (error) {
+    throw new Error(
+      `the detail of "${type}" is broken: ${error instanceof v.ValiError ? faultsOf(error.issues) : errorText(error)}`,
+    );
+  }
+}
+
+/**
+ * When an interrupted instance goes, ms since 1970: two minutes after the event's time. Clocks may be apart and
+ * people rehearse with old samples, so a time that is missing, or past while the instance lives on in service,
+ * counts from the message's first receipt; and never is it more than two minutes away.
+ */
+export function deadlineOf(timeMs: number | undefined, firstReceivedMs: number, nowMs: number, lengthMs = 120_000): number {
+  const [stated, received] = [(timeMs ?? firstReceivedMs) + lengthMs, firstReceivedMs + lengthMs];
+  const deadline = stated > nowMs ? stated : received > nowMs ? received : nowMs + lengthMs;
+  return Math.min(deadline, nowMs + lengthMs);
+}
+
+// ─── The handler table ───────────────────────────────────────────────────────────────────────────────────
+// What a message on each queue leads to: the steps, in order. To add a capability, add a row: a name, the step,
+// and, if it is not for every message, `when`: a group option, or a question about the work. Steps repeat safely:
+// a message may be seen again at any point. A step answers done, skip, retry or again, or throws; the loop alone
+// decides what that does to the message.
+
+export type Result =
+  | { is: "done" }
+  /** Nothing (more) to do for this message: it is deleted. */
+  | { is: "skip"; reason: string; level: Level }
+  /** Later: a fresh delayed copy takes the message's place. */
+  | { is: "retry"; reason: string; afterSeconds: number }
+  /** From the first step once more, with the message still in hand. */
+  | { is: "again"; reason: string; afterMs: number };
+const done: Result = { is: "done" };
+const skip = (reason: string, level: Level = "debug"): Result => ({ is: "skip", reason, level });
+const retry = (reason: string, afterSeconds: number): Result => ({ is: "retry", reason, afterSeconds });
+const again = (reason: string, afterMs = 1_000): Result => ({ is: "again", reason, afterMs });
+
+type Step = {
+  name: string;
+  when?: keyof GroupOptions | ((work: Work) => boolean);
+  run: (ctx: Ctx, work: Work) => Promise<Result>;
+};
+
+const hasDeadline = (work: Work) => work.deadlineMs !== undefined;
+const hasNoDeadline = (work: Work) => work.deadlineMs === undefined;
+
+export const TABLE: Record<QueueName, Step[]> = {
+  interruption_evt_sqs: [
+    { name: "find group", run: findGroup },
+    { name: "send detach message", when: hasDeadline, run: sendDetachMessage },
+    { name: "launch", run: launch },
+    { name: "wait until running", run: waitUntilRunning },
+    { name: "attach", run: attach },
+    { name: "send detach message", when: hasNoDeadline, run: sendDetachMessage },
+  ],
+  detach_evt_sqs: [
+    { name: "wait for the replacement", run: waitForReplacement },
+    { name: "detach", run: detach },
+    { name: "send termination message", run: sendTerminationMessage },
+  ],
+  termination_evt_sqs: [{ name: "terminate", run: terminate }],
+};
+
+/** One message in hand, for one old instance, and what its steps have found out so far. */
+export type Work = {
+  queue: QueueName;
+  queueUrl: string;
+  body: string;
+  receipt: string;
+  firstReceivedMs: number;
+  notice: Notice;
+  instance: string;
+  group: string;
+  options: GroupOptions;
+  deadlineMs: number | undefined;
+  oldProtected: boolean;
+  detachSent: boolean;
+  /** How long each hold on the message lasts, and when the present one began. */
+  leaseSeconds: number;
+  leasedMs: number;
+  /** A launch call is out: the message may not be given back before its answer. */
+  launchOut: boolean;
+  old?: Ec2Instance;
+  member?: Member;
+  claim?: string;
+  /** Where on the ladder to go on, and the number in the launch token. */
+  rung: number;
+  attempt: number;
+  /** On the way out: the old one has left already; with which decrement to detach it; the minimum refused one. */
+  left: boolean;
+  decrement: boolean;
+  refused: boolean;
+  log: Log;
+};
+
+// ─── The loop ────────────────────────────────────────────────────────────────────────────────────────────
+// Receive, hand over, receive again: receiving never waits for handlers, only for room. A message is deleted in
+// one place, after its last step. With a hard deadline it is held in leases of 15 s, so that a crash costs
+// seconds of the two minutes; else for the queue's visibility_timeout_seconds.
+
+const MAX_IN_HAND = 10_000;
+const LEASE_SECONDS = 15;
+const LEASE_TICK_MS = 5_000;
+/** Receives at a time on one queue while they come back full; one long poll when they do not. */
+const MAX_RECEIVES = 8;
+
+/** Receives from one queue until the program stops; a failing queue is tried again with backoff, for ever. */
+async function receiveLoop(ctx: Ctx, name: QueueName): Promise<void> {
+  let failures = 0;
+  let extras = 0;
+  const receive = async (waitSeconds: number): Promise<boolean> => {
+    const { queue_url, visibility_timeout_seconds, max_number_of_messages } = ctx.state.config.global[name];
+    const { Messages = [] } = await ctx.deps.sqs(queue_url).send(
+      new ReceiveMessageCommand({
+        QueueUrl: queue_url,
+        MaxNumberOfMessages: max_number_of_messages,
+        WaitTimeSeconds: waitSeconds,
+        VisibilityTimeout: visibility_timeout_seconds,
+        MessageSystemAttributeNames: ["ApproximateFirstReceiveTimestamp", "ApproximateReceiveCount"],
+      }),
+      { abortSignal: ctx.signal },
+    );
+    failures = 0;
+    for (const message of Messages) void take(ctx, name, queue_url, message);
+    return Messages.length === max_number_of_messages;
+  };
+  const extra = async () => {
+    extras++;
+    try {
+      while (!ctx.signal.aborted && ctx.state.inHand.size < MAX_IN_HAND && (await receive(0)));
+    } catch (error) {
+      if (!ctx.signal.aborted) ctx.deps.log.debug(`receiving from ${name}: ${errorText(error)}`); // the main receive says so aloud
+    } finally {
+      extras--;
+    }
+  };
+  while (!ctx.signal.aborted) {
+    try {
+      if (ctx.state.inHand.size >= MAX_IN_HAND) await pause(ctx, 100);
+      else if (await receive(ctx.state.config.global[name].wait_time_seconds)) while (extras < MAX_RECEIVES - 1) void extra();
+    } catch (error) {
+      if (ctx.signal.aborted) return;
+      if (failures++ % 20 === 0)
+        ctx.deps.log.error(`receiving from ${name} failed, trying again: ${errorText(error)}`, {
+          error: errorName(error),
+          failures,
+        });
+      await pause(ctx, Math.min(20_000, 250 * 2 ** Math.min(failures, 8)) * (0.5 + ctx.deps.random() / 2)).catch(() => undefined); // only ever Stopped
+    }
+  }
+}
+
+/** Renews what is in hand, ten messages a call. */
+async function leaseLoop(ctx: Ctx): Promise<void> {
+  while (!ctx.signal.aborted) {
+    try {
+      await pause(ctx, LEASE_TICK_MS);
+    } catch {
+      return; // stopping
+    }
+    for (const work of ctx.state.inHand.values()) {
+      const everyMs = Math.min(work.leaseSeconds * 500, Math.max(LEASE_TICK_MS, work.leaseSeconds * 1000 - 30_000));
+      if (
+        ctx.deps.now() - work.leasedMs >=
+        Math.min(everyMs, work.leaseSeconds === LEASE_SECONDS ? LEASE_TICK_MS - 500 : everyMs)
+      )
+        void hold(ctx, work, work.leaseSeconds);
+    }
+  }
+}
+async function hold(ctx: Ctx, work: Work, seconds: number): Promise<void> {
+  work.leasedMs = ctx.deps.now();
+  try {
+    await ctx.cloud.lease({ queue: work.queueUrl, receipt: work.receipt, seconds });
+  } catch (error) {
+    work.log.debug(`holding the message: ${errorText(error)}`); // it comes again, which every step allows for
+  }
+}
+
+/** A received message: read, handled, and then deleted, replaced by a copy, or left to come again. Never throws. */
+async function take(ctx: Ctx, queue: QueueName, queueUrl: string, message: Message): Promise<void> {
+  const { Body: body = "", ReceiptHandle: receipt = "", MessageId = receipt, Attributes = {} } = message;
+  const received = Number(Attributes.ApproximateReceiveCount ?? 1);
+  const firstReceivedMs = Number(Attributes.ApproximateFirstReceiveTimestamp) || ctx.deps.now();
+  const log = ctx.deps.log.with({ message: MessageId });
+  const key = `${queue} ${MessageId}`;
+  try {
+    const mine = ctx.state.inHand.get(key);
+    if (mine) {
+      mine.receipt = receipt; // delivered again while in hand: only the newest receipt deletes it
+      return;
+    }
+    let notice: ReturnType<typeof readNotice>;
+    try {
+      notice = readNotice(body, queue);
+    } catch (error) {
+      // Neither deleted nor hurried: the queue's redrive policy takes it to the dead-letter queue.
+      log[received > 1 ? "debug" : "warn"](`left to the dead-letter queue: ${errorText(error)}`, {
+        queue,
+        received,
+        body: body.slice(0, 200),
+      });
+      return;
+    }
+    if ("notOurs" in notice) {
+      log[/belongs on/.test(notice.notOurs) ? "warn" : "debug"](notice.notOurs);
+      await ctx.cloud.remove({ queue: queueUrl, receipt });
+      return;
+    }
+    if (notice.instances.length > 1) await split(ctx, queueUrl, receipt, body, notice, log);
+    else await handle(ctx, key, newWork(ctx, queue, queueUrl, body, receipt, firstReceivedMs, notice));
+  } catch (error) {
+    if (!(error instanceof Stopped))
+      log.error(`handling a message of ${queue}: ${errorText(error)}`, { error: errorName(error) });
+  }
+}
+
+function newWork(
+  ctx: Ctx,
+  queue: QueueName,
+  queueUrl: string,
+  body: string,
+  receipt: string,
+  firstReceivedMs: number,
+  notice: Notice,
+): Work {
+  const [instance = ""] = notice.instances;
+  const { carried } = notice;
+  const deadlineMs = carried?.deadlineMs;
+  return {
+    queue,
+    queueUrl,
+    body,
+    receipt,
+    firstReceivedMs,
+    notice,
+    instance,
+    group: carried?.group ?? "",
+    options: carried?.options ?? v.parse(groupSchema, {}),
+    deadlineMs,
+    oldProtected: carried?.oldProtected ?? false,
+    detachSent: carried?.detachSent ?? false,
+    leaseSeconds: ctx.state.config.global[queue].visibility_timeout_seconds,
+    leasedMs: ctx.deps.now(),
+    launchOut: false,
+    rung: 0,
+    attempt: 0,
+    left: false,
+    decrement: true,
+    refused: false,
+    log: ctx.deps.log.with({ group: carried?.group, instance, notice: notice.id }),
+  };
+}
+
+/** An event that names several instances becomes one message each for those that are ours. */
+async function split(ctx: Ctx, queueUrl: string, receipt: string, body: string, notice: Notice, log: Log): Promise<void> {
+  const members = await Promise.all(notice.instances.map((id) => ctx.cloud.member(id)));
+  const ours = members.flatMap((m) => (m && ctx.state.groups.has(m.group) ? [m.id] : []));
+  const event = JSON.parse(body) as { detail: object };
+  await Promise.all(
+    ours.map((id) =>
+      ctx.cloud.send({
+        queue: queueUrl,
+        body: JSON.stringify({ ...event, detail: { ...event.detail, affectedEntities: [{ entityValue: id }] } }),
+        delaySeconds: 0,
+      }),
+    ),
+  );
+  log.debug(`${notice.type} names ${notice.instances.length} instances, ${ours.length} of them ours`);
+  await ctx.cloud.remove({ queue: queueUrl, receipt });
+}
+
+async function handle(ctx: Ctx, key: string, work: Work): Promise<void> {
+  const remove = () => ctx.cloud.remove({ queue: work.queueUrl, receipt: work.receipt });
+  ctx.state.inHand.set(key, work);
+  try {
+    const result = await runSteps(ctx, work);
+    if (result.is === "retry") {
+      work.log.debug(`later: ${result.reason}`, { afterSeconds: result.afterSeconds });
+      await sendCopy(ctx, work, result.afterSeconds);
+    } else if (result.is === "skip") work.log[result.level](result.reason);
+    await remove().catch((error: unknown) => work.log.debug(`deleting a finished message: ${errorText(error)}`)); // it comes again and changes nothing
+  } catch (error) {
+    if (error instanceof Stopped) return await hold(ctx, work, 0);
+    work.log.error(`${errorText(error)}; the message comes again`, { error: errorName(error) });
+    await hold(ctx, work, work.deadlineMs === undefined ? 15 : 3);
+  } finally {
+    ctx.state.inHand.delete(key);
+    const admitted = ctx.state.admitted.get(work.group);
+    if (work.queue === "interruption_evt_sqs") admitted?.delete(work.instance);
+  }
+}
+
+/** The table's steps in order; `again` starts over with the message in hand. */
+async function runSteps(ctx: Ctx, work: Work): Promise<Result> {
+  const dueMs = work.notice.carried?.dueMs;
+  if (dueMs !== undefined && dueMs - ctx.deps.now() > 1_000) return retry("not due yet", (dueMs - ctx.deps.now()) / 1000);
+  for (;;) {
+    const result = await runOnce(ctx, work);
+    if (result.is !== "again") return result;
+    work.log.debug(`again: ${result.reason}`);
+    await pause(ctx, result.afterMs);
+  }
+}
+async function runOnce(ctx: Ctx, work: Work): Promise<Result> {
+  for (const { name, when, run } of TABLE[work.queue]) {
+    if (typeof when === "function" ? !when(work) : when && !work.options[when]) continue;
+    if (ctx.signal.aborted) throw new Stopped("stopping");
+    let result: Result;
+    try {
+      result = await run(ctx, work);
+    } catch (cause) {
+      if (cause instanceof Stopped) throw cause;
+      // A service that asks for patience is no fault of the message: a fresh copy keeps its receive count for crashes and poison.
+      if (isRetryable(cause)) return retry(`${name}: ${errorText(cause)}`, work.deadlineMs === undefined ? 30 : 1);
+      throw new Error(name, { cause });
+    }
+    if (result.is !== "done") return result;
+  }
+  return done;
+}
+
+function carriedBy(work: Work, dueMs?: number): Carried {
+  const { group, options, deadlineMs, oldProtected, detachSent, notice } = work;
+  return { group, options, deadlineMs, dueMs, oldProtected, detachSent, kind: notice.kind, notice: notice.id };
+}
+/** The message once more, later, with what is known by now. */
+async function sendCopy(ctx: Ctx, work: Work, afterSeconds: number): Promise<void> {
+  const event = JSON.parse(work.body) as object;
+  const dueMs = ctx.deps.now() + afterSeconds * 1000;
+  const maxgroup = work.group ? carriedBy(work, afterSeconds > 900 ? dueMs : undefined) : undefined;
+  await ctx.cloud.send({ queue: work.queueUrl, body: JSON.stringify({ ...event, maxgroup }), delaySeconds: afterSeconds });
+}
+/** A message of our own to the next queue. */
+async function sendFollowUp(ctx: Ctx, work: Work, to: QueueName, type: string, delaySeconds: number): Promise<void> {
+  const nowMs = ctx.deps.now();
+  const body = {
+    version: "0",
+    id: work.notice.id,
+    "detail-type": type,
+    source: "spotmax.maxgroup",
+    time: new Date(nowMs).toISOString(),
+    detail: { "instance-id": work.instance },
+    maxgroup: carriedBy(work, delaySeconds > 900 ? nowMs + delaySeconds * 1000 : undefined),
+  };
+  await ctx.cloud.send({ queue: ctx.state.config.global[to].queue_url, body: JSON.stringify(body), delaySeconds });
+}
+
+// ─── Steps: find group, detach message ───────────────────────────────────────────────────────────────────
+// One table of states decides what becomes of a notice. The detach message goes out before the launch, so that
+// somebody owns the deadline whatever becomes of the launch.
+
+const RECLAIMED_MS = 5 * 60_000;
+const FAILED_MS = 3 * 60_000;
+const YOUNG_MS = 10 * 60_000;
+
+/** What a member's lifecycle state means for a notice. */
+export function judgeState(lifecycleState: string): "go on" | "later" | "leaving" | "not in service" {
+  if (lifecycleState === "InService") return "go on";
+  if (lifecycleState.startsWith("Pending")) return "later";
+  if (/^(Terminating|Terminated|Detaching|Detached)/.test(lifecycleState)) return "leaving";
+  return "not in service"; // Standby, EnteringStandby, Warmed:*, Quarantined
+}
+
+async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
+  const { instance, notice } = work;
+  const member = await ctx.cloud.member(instance);
+  const begun = [...ctx.state.claims.values()].some((c) => replacedBy(c) === instance && isLiving(c) && !isSettled(c));
+  const name = member?.group ?? (notice.carried?.group || claimGroup(ctx, instance));
+  const known = name ? ctx.state.groups.get(name) : undefined;
+  if (!name || !(known || notice.carried)) return foreign(ctx, work, member);
+  if (!member && !begun && !notice.carried) return foreign(ctx, work, member);
+  if (known?.broken && !notice.carried) return retry(`group ${name} is left out at the moment: ${known.broken}`, 10);
+
+  work.group = name;
+  work.options = notice.carried?.options ?? known?.options ?? work.options;
+  work.log = ctx.deps.log.with({ group: name, instance, notice: notice.id });
+  const row = NOTICES[notice.type];
+  if (row?.option && !work.options[row.option]) return skip(`${notice.type}: ${row.option} is off`);
+
+  const verdict = member ? judgeState(member.lifecycleState) : "leaving";
+  if (verdict === "later") return retry(`still ${member?.lifecycleState}`, 5);
+  if (verdict === "not in service") return skip(`not in service but ${member?.lifecycleState}: nothing to replace`, "info");
+  if (verdict === "leaving" && !begun)
+    return skip(member ? `already leaving (${member.lifecycleState})` : "has left the group", "info");
+
+  const [group, old] = await Promise.all([ctx.cloud.group(name), ctx.cloud.instance(instance)]);
+  if (!group || group.status) return skip(`group ${name} is being deleted: nothing is launched`, "warn");
+  if (group.suspended.has("Launch"))
+    return skip(`the Launch process of ${name} is suspended: AWS would refuse the replacement, so none is launched`, "warn");
+  if (isGone(old) && !begun) return skip(`already ${old?.state ?? "gone"}: the group substitutes it by itself`, "info");
+  work.old = old;
+  work.member = member;
+  if (member && !notice.carried) work.oldProtected = member.isProtected;
+
+  if (row?.deadlineSeconds !== undefined) {
+    const first = work.deadlineMs === undefined;
+    work.deadlineMs ??= deadlineOf(notice.timeMs, work.firstReceivedMs, ctx.deps.now(), row.deadlineSeconds * 1000);
+    if (first || work.leaseSeconds !== LEASE_SECONDS) {
+      work.leaseSeconds = LEASE_SECONDS;
+      void hold(ctx, work, LEASE_SECONDS);
+      work.log.info(
+        `${notice.kind} notice: replacing ${instance} within ${Math.round((work.deadlineMs - ctx.deps.now()) / 1000)} s`,
+        { type: old?.type, zone: old?.zone },
+      );
+    }
+    if (old?.spot) remember(ctx, "spot", old.type, old.zone, RECLAIMED_MS, "reclaimed");
+    return done;
+  }
+  return admit(ctx, work, old);
+}
+
+const claimGroup = (ctx: Ctx, old: string) =>
+  [...ctx.state.claims.values()].find((c) => replacedBy(c) === old && isLiving(c))?.tags[TAG.group];
+
+/** A stranger, or a replacement of our own that is reclaimed before it was attached: then its rung has failed. */
+async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promise<Result> {
+  const claim = ctx.state.claims.get(work.instance);
+  if (member || !claim || isSettled(claim) || !isLiving(claim) || work.notice.kind !== "interruption") {
+    return skip(member ? `member of ${member.group}, which is not configured` : "in no group: not ours");
+  }
+  remember(ctx, "spot", claim.type, claim.zone, RECLAIMED_MS, "reclaimed");
+  await ctx.cloud.terminate([claim.id]);
+  ctx.state.claims.delete(claim.id);
+  return skip(
+    `our replacement for ${replacedBy(claim)} is itself being reclaimed before it was attached: ended, the next choice follows`,
+    "warn",
+  );
+}
+
+/** Without a hard deadline: so many at a time in a group, counted from the cloud, and none that is young. */
+async function admit(ctx: Ctx, work: Work, old: Ec2Instance | undefined): Promise<Result> {
+  if (old && ctx.deps.now() - old.launchedMs < YOUNG_MS) return retry("younger than ten minutes", 120);
+  const { max_num_of_terminated_one_time: limit } = work.options;
+  const admitted = ctx.state.admitted.get(work.group) ?? new Set<string>();
+  ctx.state.admitted.set(work.group, admitted);
+  if (admitted.has(work.instance)) return done;
+  const inHand = await lane(ctx, work.group).exclusive(async () => {
+    const tagged = await ctx.cloud.describe("counting what is in hand", [
+      { Name: `tag:${TAG.group}`, Values: [work.group] },
+      { Name: "instance-state-name", Values: ["pending", "running"] },
+    ]);
+    const detached = await ctx.cloud.describe("counting what is on its way out", [
+      { Name: `tag:${TAG.detached}`, Values: [work.group] },
+      { Name: "instance-state-name", Values: ["running"] },
+    ]);
+    const olds = new Set([
+      ...admitted,
+      ...tagged.flatMap((c) => (isSettled(c) ? [] : [replacedBy(c) ?? c.id])),
+      ...detached.map((i) => i.id),
+    ]);
+    olds.delete(work.instance);
+    if (olds.size < limit) admitted.add(work.instance);
+    return olds.size;
+  });
+  if (inHand >= limit) return retry(`${inHand} of at most ${limit} in hand in ${work.group}`, 60);
+  work.log.info(`${work.notice.kind} notice: replacing ${work.instance}, no hurry`, { type: old?.type, zone: old?.zone });
+  return done;
+}
+
+async function sendDetachMessage(ctx: Ctx, work: Work): Promise<Result> {
+  if (work.detachSent) return done;
+  const { detaching_delay_seconds, preaction_detach_delay_seconds } = work.options;
+  // The way out begins 30 s before the deadline at the latest.
+  const delay =
+    work.deadlineMs === undefined
+      ? preaction_detach_delay_seconds
+      : Math.min(detaching_delay_seconds, (work.deadlineMs - 30_000 - ctx.deps.now()) / 1000);
+  await sendFollowUp(ctx, work, "detach_evt_sqs", DETACH, Math.max(0, delay));
+  work.detachSent = true;
+  return done;
+}
+
+// ─── Steps: the launch ladder ────────────────────────────────────────────────────────────────────────────
+// Rung 1 asks for spot where the group stays balanced, rung 2 for spot anywhere, rung 3 for on-demand. The
+// first rung that yields an instance ends the climb. Pools that are being reclaimed or failed lately are left
+// out as long as others remain. What is asked for is decided by planLaunch alone, from plain data.
+
+export type Rung = "balanced spot" | "any spot" | "on-demand";
+export type Pool = {
+  type: string | undefined;
+  requirements?: InstanceRequirementsRequest;
+  zone: string;
+  subnet: string | undefined;
+  template: LaunchTemplateSpecification;
+  priority: number;
+};
+/** Why a pool is avoided: its instances are being taken back, or it had nothing lately. */
+type PoolMemory = (lifecycle: "spot" | "on-demand", type: string, zone: string) => "failed" | "reclaimed" | undefined;
+export type LaunchItem = { work: Work; rung: Rung; desperate: boolean; ask: string };
+
+/** Which rungs a notice may climb: an on-demand member stays on-demand; without a hard deadline nothing turns on-demand. */
+export function rungsFor(spotMember: boolean, hardDeadline: boolean, fallback: boolean): Rung[] {
+  if (!spotMember) return ["on-demand"];
+  return hardDeadline && fallback ? ["balanced spot", "any spot", "on-demand"] : ["balanced spot", "any spot"];
+}
+
+/**
+ * The zones in which a replacement leaves the group balanced, so that AZRebalance has nothing to undo. One at a
+ * time: the least filled zones once the old one is gone. In a wave each goes back to its own zone, for a fleet may
+ * put all of one call into one zone.
+ */
+export function balancedZones(group: Group, zone: string, alone: boolean): string[] {
+  if (!alone && group.zones.includes(zone)) return [zone];
+  const count = new Map(group.zones.map((z) => [z, z === zone ? -1 : 0]));
+  for (const m of group.members.values())
+    if (judgeState(m.lifecycleState) !== "leaving") count.set(m.zone, (count.get(m.zone) ?? 0) + 1);
+  const least = Math.min(...group.zones.map((z) => count.get(z) ?? 0));
+  return group.zones.filter((z) => (count.get(z) ?? 0) <= least);
+}
+
+/** The pools one rung asks for; none: the rung has nothing to offer. Pure. */
+export function planLaunch(x: {
+  group: Group;
+  old: { type: string; zone: string; weight: number };
+  rung: Rung;
+  alone: boolean;
+  /** Try pools that failed a moment ago as well: nothing else is left to try. */
+  desperate: boolean;
+  alt: string[];
+  /** One subnet a zone (a fleet cannot name two of one zone); undefined: the template names it. */
+  subnets: Map<string, string | undefined>;
+  templateType: string | undefined;
+  memory: PoolMemory;
+}): Pool[] {
+  const { group, old, rung, memory } = x;
+  const template = group.template;
+  if (!template) return [];
+  const lifecycle = rung === "on-demand" ? "on-demand" : "spot";
+  const zones = (rung === "balanced spot" ? balancedZones(group, old.zone, x.alone) : group.zones).filter((z) =>
+    x.subnets.has(z),
+  );
+  const weighted = group.overrides.some((o) => o.weight !== 1) || group.desiredType !== "units";
+  let offers: Override[] = group.overrides.length ? group.overrides : [{ type: x.templateType, weight: 1 }];
+  if (weighted && group.desiredType === "units") {
+    offers = offers.filter((o) => o.weight === old.weight);
+    if (!offers.length) offers = [{ type: old.type, weight: old.weight }];
+  } else if (weighted)
+    offers = offers.map((o) => ({ ...o, requirements: ofWeight(o.requirements, group.desiredType, old.weight) }));
+  else if (rung === "any spot")
+    offers = [...offers, ...x.alt.filter((type) => !offers.some((o) => o.type === type)).map((type) => ({ type, weight: 1 }))];
+
+  const pools = offers.flatMap((offer, priority) =>
+    zones.flatMap((zone): Pool[] => {
+      const base = { zone, subnet: x.subnets.get(zone), template: offer.template ?? template, priority };
+      if (!offer.requirements) return [{ ...base, type: offer.type }];
+      return [{ ...base, type: undefined, requirements: offer.requirements }];
+    }),
+  );
+  const state = (p: Pool) => (p.type ? memory(lifecycle, p.type, p.zone) : undefined);
+  const without = (avoid: (p: Pool) => boolean) =>
+    pools.filter((p) => !avoid(p)).map((p) => excluding(p, old, lifecycle, memory));
+  const fresh = without((p) => state(p) !== undefined);
+  if (fresh.length || rung === "balanced spot") return fresh;
+  const untried = without((p) => state(p) === "failed");
+  return untried.length || !x.desperate ? untried : pools;
+}
+
+/** Attribute-based: the type that is being reclaimed in this zone is excluded by name, which AWS refuses beside a list of allowed ones. */
+function excluding(pool: Pool, old: { type: string }, lifecycle: "spot" | "on-demand", memory: PoolMemory): Pool {
+  const { requirements, zone } = pool;
+  if (!requirements || requirements.AllowedInstanceTypes?.length || !memory(lifecycle, old.type, zone)) return pool;
+  return {
+    ...pool,
+    requirements: {
+      ...requirements,
+      ExcludedInstanceTypes: [...new Set([...(requirements.ExcludedInstanceTypes ?? []), old.type])],
+    },
+  };
+}
+/** Where desired counts vCPUs or memory, the replacement must have as much as the old one, so that desired comes out even. */
+function ofWeight(
+  r: InstanceRequirementsRequest | undefined,
+  desiredType: string,
+  weight: number,
+): InstanceRequirementsRequest | undefined {
+  if (!r) return undefined;
+  return desiredType === "vcpu"
+    ? { ...r, VCpuCount: { Min: weight, Max: weight } }
+    : { ...r, MemoryMiB: { Min: weight, Max: weight } };
+}
+
+const poolKey = (lifecycle: string, type: string, zone: string) => `${lifecycle} ${type} ${zone}`;
+function remember(ctx: Ctx, lifecycle: string, type: string, zone: string, ms: number, why: "failed" | "reclaimed"): void {
+  const key = `${why} ${poolKey(lifecycle, type, zone)}`;
+  ctx.state.failedPools.set(key, Math.max(ctx.state.failedPools.get(key) ?? 0, ctx.deps.now() + ms));
+}
+const poolMemory = (ctx: Ctx): PoolMemory => {
+  const active = (why: string, key: string) => (ctx.state.failedPools.get(`${why} ${key}`) ?? 0) > ctx.deps.now();
+  return (lifecycle, type, zone) => {
+    const key = poolKey(lifecycle, type, zone);
+    return active("failed", key) ? "failed" : active("reclaimed", key) ? "reclaimed" : undefined;
+  };
+};
+
+/** Every claim on an old instance, dead ones included: as AWS shows them, and those this process launched a moment ago. */
+async function claimsOf(ctx: Ctx, old: string): Promise<Ec2Instance[]> {
+  for (;;) {
+    const seen = new Map(((await ctx.cloud.naming(old)) ?? []).map((c) => [c.id, c]));
+    for (const c of ctx.state.claims.values()) {
+      if (!c.tags[TAG.replaces]?.split(" ").includes(old)) continue;
+      const shown = seen.get(c.id);
+      seen.set(c.id, shown ? { ...shown, tags: { ...c.tags, ...shown.tags } } : c);
+    }
+    const unordered = [...seen.values()].filter((c) => c.tags[TAG.replaces]?.includes(" ") && !c.tags[TAG.order]);
+    if (!unordered.length) return [...seen.values()].filter((c) => replacedBy(c) === old);
+    // Whoever launched the batch writes its order in a moment; after 30 s it is taken to be dead.
+    if (unordered.some((c) => ctx.deps.now() - c.launchedMs < 30_000)) await tick(ctx, 1_000);
+    else await writeOrders(ctx, unordered);
+  }
+}
+
+/** Gives batches that lack it their order: each launch call's instances, dead ones included, by ID. */
+async function writeOrders(ctx: Ctx, unordered: Ec2Instance[]): Promise<void> {
+  const batches = Map.groupBy(unordered, (c) => `${c.tags["aws:ec2:fleet-id"] ?? ""} ${c.tags[TAG.replaces]}`);
+  for (const batch of batches.values()) {
+    const ids = batch.map((c) => c.id).sort();
+    await ctx.cloud.tag(ids, { [TAG.order]: ids.join(" ") });
+    for (const c of batch) ctx.state.claims.set(c.id, { ...c, tags: { ...c.tags, [TAG.order]: ids.join(" ") } });
+  }
+}
+
+async function launch(ctx: Ctx, work: Work): Promise<Result> {
+  const flying = ctx.state.launching.get(work.instance);
+  let climbing = flying;
+  if (!climbing) {
+    climbing = climb(ctx, work).finally(() => ctx.state.launching.delete(work.instance));
+    ctx.state.launching.set(work.instance, climbing);
+  }
+  const claim = await climbing;
+  if (claim) {
+    work.claim = claim;
+    return done;
+  }
+  if (flying) return again("the other notice's launch came to nothing"); // that one may have had fewer rungs, or no deadline
+  if (work.deadlineMs === undefined) return skip("no capacity for a better place now: the old one stays", "info");
+  return skip("no capacity anywhere until the deadline: the group substitutes when the old one goes", "error");
+}
+
+/** Climbs the ladder until an instance comes of it; without a hard deadline once, else until the deadline. */
+async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
+  const { old, member, deadlineMs, options } = work;
+  for (let pass = 0; ; pass++) {
+    const claim = winner(await claimsOf(ctx, work.instance));
+    if (claim) {
+      work.log.info(`${claim.id} was launched before for ${work.instance}: going on with it`);
+      return claim.id;
+    }
+    // An old one that has left meanwhile needs no new replacement: its group sees to that.
+    if (!old || !member) return undefined;
+    const spotMember = old.spot || TAG.fallback in old.tags;
+    const rungs = rungsFor(spotMember, deadlineMs !== undefined, options.is_enable_od_fallback);
+    const desperate = pass > 0 || rungs.at(-1) !== "on-demand";
+    for (; work.rung < rungs.length; work.rung++) {
+      const rung = rungs[work.rung] ?? "any spot";
+      // Notices that ask for the same share one call.
+      const ask = [
+        rung,
+        spotMember,
+        member.weight,
+        rung === "balanced spot" ? member.zone : "",
+        desperate,
+        options.alt.join(),
+        options.persistence_dev ? work.instance : "",
+      ].join("|");
+      const id = await lane(ctx, work.group).launch({ work, rung, desperate, ask });
+      if (id) return id;
+    }
+    work.rung = 0;
+    if (deadlineMs === undefined || ctx.deps.now() >= deadlineMs) return undefined;
+    const waitMs = Math.min(10_000, 500 * 2 ** pass) * (0.5 + ctx.deps.random() / 2);
+    work.log.warn("no capacity on any rung, trying again", { pass: pass + 1 });
+    await pause(ctx, Math.min(waitMs, Math.max(0, deadlineMs - ctx.deps.now())));
+  }
+}
+
+/** One launch call for up to ten notices; answers each with its instance, or undefined. */
+async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise<(string | undefined)[]> {
+  const [first] = items;
+  const none = items.map(() => undefined);
+  const group = await ctx.cloud.group(name);
+  if (!first || !group?.template || group.suspended.has("Launch") || group.status) return none;
+  const { work, rung } = first;
+  const { old, member } = work;
+  if (!old || !member) return none;
+  const templates = [group.template, ...group.overrides.flatMap((o) => o.template ?? [])];
+  const [data = noTemplate, ...more] = await Promise.all(templates.map((t) => templateOf(ctx, t)));
+  const asksForSpot = data.asksForSpot || more.some((d) => d.asksForSpot);
+  const zones = await subnetsByZone(ctx, group, data.namesSubnet);
+  const others = [...ctx.state.inHand.values()].filter((w) => w.group === name && w.queue === "interruption_evt_sqs").length > 1;
+  const pools = planLaunch({
+    group,
+    old: { type: old.type, zone: member.zone, weight: member.weight },
+    rung,
+    alone: !others,
+    desperate: first.desperate,
+    alt: work.options.alt,
+    subnets: zones,
+    templateType: data.type,
+    memory: poolMemory(ctx),
+  });
+  if (!pools.length) return none;
+  const olds = items.map((i) => i.work.instance).sort();
+  const byOld = new Map(items.map((i) => [i.work.instance, i]));
+  const lifecycle = rung === "on-demand" ? ("on-demand" as const) : ("spot" as const);
+  const tags = [
+    ...group.propagatedTags,
+    { Key: TAG.group, Value: name },
+    { Key: TAG.replaces, Value: olds.join(" ") },
+    ...(rung === "on-demand" && old.spot ? [{ Key: TAG.fallback, Value: "on-demand" }] : []),
+  ];
+  const attempt = Math.max(...items.map((i) => i.work.attempt));
+  for (const i of items) {
+    i.work.launchOut = true;
+    i.work.log.debug(`asking for ${lifecycle}`, {
+      rung,
+      pools: pools.length,
+      with: items.length > 1 ? items.length : undefined,
+      attempt,
+    });
+  }
+  let ids: string[] = [];
+  try {
+    ids = asksForSpot
+      ? await runInstances(ctx, pools, lifecycle, tags, items.length, attempt)
+      : await createFleet(ctx, group, pools, lifecycle, tags, items.length, attempt);
+  } catch (error) {
+    const text = errorText(error);
+    if (errorName(error) === "IdempotentParameterMismatch") work.log.debug(`${text}: looking for what was launched before`);
+    else work.log[CAPACITY.has(errorName(error)) ? "warn" : "error"](`${rung}: ${text}`, { error: errorName(error) });
+    if (CAPACITY.has(errorName(error)))
+      for (const p of pools) if (p.type) remember(ctx, lifecycle, p.type, p.zone, FAILED_MS, "failed");
+  } finally {
+    for (const i of items) i.work.launchOut = false;
+  }
+  ids.sort();
+  if (items.length > 1 && ids.length) tags.push({ Key: TAG.order, Value: ids.join(" ") });
+  const launchedMs = ctx.deps.now();
+  for (const id of ids) {
+    const tagged = Object.fromEntries(tags.map(({ Key, Value }) => [Key, Value]));
+    ctx.state.claims.set(id, {
+      id,
+      type: "",
+      zone: "",
+      state: "pending",
+      stateReason: "",
+      spot: lifecycle === "spot",
+      launchedMs,
+      tags: tagged,
+    });
+  }
+  if (items.length > 1 && ids.length) await ctx.cloud.tag(ids, { [TAG.order]: ids.join(" ") }, 10_000);
+  olds.forEach((old, n) => {
+    const item = byOld.get(old);
+    if (ids[n]) item?.work.log.info(`launched ${ids[n]} for ${old}`, { replacement: ids[n], lifecycle, rung });
+    else if (item) item.work.attempt = attempt + 1;
+  });
+  return items.map((i) => ids[olds.indexOf(i.work.instance)]);
+}
+
+/** The token covers all that the request says, and the attempt: a second try with other types under the first one's token is refused. */
+const tokenOf = (request: object, attempt: number) =>
+  createHash("sha256")
+    .update(JSON.stringify([request, attempt]))
+    .digest("hex");
+
+/** A fleet names a template by ID or by name, never by both. */
+const fleetTemplate = ({ LaunchTemplateId, LaunchTemplateName, Version }: LaunchTemplateSpecification) => ({
+  ...(LaunchTemplateId ? { LaunchTemplateId } : { LaunchTemplateName }),
+  Version: Version ?? "$Default",
+});
+
+/** The request for `count` instances from these pools, without its token. AWS allows 300 overrides. */
+export function fleetRequest(
+  group: Group,
+  pools: Pool[],
+  lifecycle: "spot" | "on-demand",
+  tags: { Key: string; Value: string }[],
+  count: number,
+): CreateFleetCommandInput {
+  const spot = lifecycle === "spot";
+  const override = (p: Pool): FleetLaunchTemplateOverridesRequest => ({
+    ...(p.requirements ? { InstanceRequirements: p.requirements } : p.type ? { InstanceType: p.type as _InstanceType } : {}),
+    ...(p.subnet ? { SubnetId: p.subnet } : {}),
+    ...(spot && group.spotMaxPrice ? { MaxPrice: group.spotMaxPrice } : {}),
+    ...(!spot && group.prioritized ? { Priority: p.priority } : {}),
+  });
+  const byTemplate = Map.groupBy(pools.slice(0, 300), (p) => JSON.stringify(fleetTemplate(p.template)));
+  return {
+    Type: "instant",
+    TargetCapacitySpecification: {
+      TotalTargetCapacity: count,
+      DefaultTargetCapacityType: lifecycle,
+      SpotTargetCapacity: spot ? count : 0,
+      OnDemandTargetCapacity: spot ? 0 : count,
+    },
+    ...(spot
+      ? { SpotOptions: { AllocationStrategy: "price-capacity-optimized" } }
+      : { OnDemandOptions: { AllocationStrategy: group.prioritized ? "prioritized" : "lowest-price" } }),
+    LaunchTemplateConfigs: [...byTemplate].map(([template, of]) => ({
+      LaunchTemplateSpecification: JSON.parse(template),
+      Overrides: of.map(override),
+    })),
+    TagSpecifications: [{ ResourceType: "instance", Tags: tags }],
+  };
+}
+
+async function createFleet(
+  ctx: Ctx,
+  group: Group,
+  pools: Pool[],
+  lifecycle: "spot" | "on-demand",
+  tags: { Key: string; Value: string }[],
+  count: number,
+  attempt: number,
+): Promise<string[]> {
+  const request = fleetRequest(group, pools, lifecycle, tags, count);
+  const input = { ...request, ClientToken: tokenOf(request, attempt) };
+  const { Instances = [], Errors = [] } = await aws(
+    ctx,
+    `launching ${count} ${lifecycle}`,
+    (o) => ctx.deps.ec2.send(new CreateFleetCommand(input), o),
+    { timeoutMs: 30_000 },
+  );
+  const zoneOf = new Map(pools.map((p) => [p.subnet, p.zone]));
+  const said = new Set<string>();
+  for (const { ErrorCode = "", ErrorMessage = "", LaunchTemplateAndOverrides: { Overrides: o = {} } = {} } of Errors) {
+    const zone = o.AvailabilityZone ?? zoneOf.get(o.SubnetId) ?? "";
+    if (ErrorCode === "InsufficientFreeAddressesInSubnet" && o.SubnetId)
+      remember(ctx, "subnet", o.SubnetId, "", FAILED_MS, "failed");
+    else if (o.InstanceType) remember(ctx, lifecycle, o.InstanceType, zone, FAILED_MS, "failed");
+    if (CAPACITY.has(ErrorCode))
+      ctx.deps.log.debug(`no ${lifecycle} ${o.InstanceType ?? ""} in ${zone}: ${ErrorCode}`, { group: group.name });
+    else if (!said.has(ErrorCode))
+      ctx.deps.log.error(`launching ${o.InstanceType ?? ""} in ${zone}: ${ErrorCode}: ${ErrorMessage}`, { group: group.name });
+    said.add(ErrorCode);
+  }
+  return Instances.flatMap((i) => i.InstanceIds ?? []);
+}
+
+/** A template that itself asks for spot, which CreateFleet may refuse: one pool after the other. */
+async function runInstances(
+  ctx: Ctx,
+  pools: Pool[],
+  lifecycle: "spot" | "on-demand",
+  tags: { Key: string; Value: string }[],
+  count: number,
+  attempt: number,
+): Promise<string[]> {
+  if (lifecycle === "on-demand")
+    throw Object.assign(new Error("the launch template asks for spot itself: on-demand cannot be had from it"), {
+      name: "Unsupported",
+    });
+  for (const p of pools) {
+    const request: RunInstancesCommandInput = {
+      LaunchTemplate: fleetTemplate(p.template),
+      ...(p.type ? { InstanceType: p.type as _InstanceType } : {}),
+      ...(p.subnet ? { SubnetId: p.subnet } : {}),
+      MinCount: 1,
+      MaxCount: count,
+      TagSpecifications: [{ ResourceType: "instance", Tags: tags }],
+    };
+    try {
+      const { Instances = [] } = await aws(
+        ctx,
+        `launching ${p.type} in ${p.zone}`,
+        (o) => ctx.deps.ec2.send(new RunInstancesCommand({ ...request, ClientToken: tokenOf(request, attempt) }), o),
+        { timeoutMs: 30_000 },
+      );
+      const ids = Instances.flatMap((i) => (i.InstanceId ? [i.InstanceId] : []));
+      if (ids.length) return ids;
+    } catch (error) {
+      if (!CAPACITY.has(errorName(error))) throw error;
+      if (p.type) remember(ctx, lifecycle, p.type, p.zone, FAILED_MS, "failed");
+    }
+  }
+  return [];
+}
+
+/** A read that changes seldom: at most once a minute, shared by all who ask meanwhile. */
+async function cached<T>(ctx: Ctx, key: string, read: () => Promise<T>): Promise<T> {
+  const known = ctx.state.cache.get(key);
+  if (known && ctx.deps.now() - known.atMs < 60_000) return known.value as Promise<T>;
+  const value = read();
+  ctx.state.cache.set(key, { atMs: ctx.deps.now(), value });
+  value.catch(() => ctx.state.cache.delete(key)); // whoever asked hears of it; the next one asks anew
+  return value;
+}
+
+type TemplateData = { type: string | undefined; asksForSpot: boolean; namesSubnet: string | undefined };
+const noTemplate: TemplateData = { type: undefined, asksForSpot: false, namesSubnet: undefined };
+const templateOf = (ctx: Ctx, spec: LaunchTemplateSpecification) =>
+  cached(ctx, JSON.stringify(spec), () => readTemplate(ctx, spec));
+async function readTemplate(ctx: Ctx, spec: LaunchTemplateSpecification): Promise<TemplateData> {
+  const { LaunchTemplateId, LaunchTemplateName, Version } = fleetTemplate(spec) as LaunchTemplateSpecification;
+  const { LaunchTemplateVersions: [version] = [] } = await aws(
+    ctx,
+    `reading launch template ${LaunchTemplateName ?? LaunchTemplateId}`,
+    (o) =>
+      ctx.deps.ec2.send(
+        new DescribeLaunchTemplateVersionsCommand({ LaunchTemplateId, LaunchTemplateName, Versions: [Version ?? "$Default"] }),
+        o,
+      ),
+  );
+  const data = version?.LaunchTemplateData;
+  return {
+    type: data?.InstanceType,
+    asksForSpot: data?.InstanceMarketOptions?.MarketType === "spot",
+    namesSubnet: data?.NetworkInterfaces?.find((n) => n.SubnetId)?.SubnetId,
+  };
+}
+
+async function readSubnets(ctx: Ctx, ids: string[]): Promise<{ id: string; zone: string; free: number }[]> {
+  const { Subnets = [] } = await aws(ctx, "reading subnets", (o) =>
+    ctx.deps.ec2.send(new DescribeSubnetsCommand({ SubnetIds: ids }), o),
+  );
+  return Subnets.flatMap(({ SubnetId: id, AvailabilityZone: zone, AvailableIpAddressCount: free = 0 }) =>
+    id && zone ? [{ id, zone, free }] : [],
+  );
+}
+
+/** One subnet for each zone, the one with the most free addresses; where the template names a subnet, an override must not. */
+async function subnetsByZone(ctx: Ctx, group: Group, named: string | undefined): Promise<Map<string, string | undefined>> {
+  const ids = named ? [named] : group.subnets;
+  if (!ids.length) return new Map(group.zones.map((zone) => [zone, undefined]));
+  const subnets = await cached(ctx, ids.join(), () => readSubnets(ctx, ids));
+  const full = (id: string) => Number(poolMemory(ctx)("subnet" as "spot", id, "") !== undefined);
+  const best = subnets.toSorted((a, b) => full(a.id) - full(b.id) || b.free - a.free);
+  return new Map(best.reverse().map((s) => [s.zone, named ? undefined : s.id]));
+}
+
+async function waitUntilRunning(ctx: Ctx, work: Work): Promise<Result> {
+  const sinceMs = ctx.deps.now();
+  const id = work.claim ?? "";
+  for (;;) {
+    const claim = await ctx.cloud.instance(id);
+    if (claim?.state === "running") return done;
+    // A launch may take seconds to show up at all.
+    if (claim ? !isLiving(claim) : ctx.deps.now() - sinceMs > 60_000) return lostClaim(ctx, work, claim);
+    await tick(ctx, 1_000);
+  }
+}
+
+/** A replacement that dies while pending is a failed rung: the ladder goes on with the next one. */
+function lostClaim(ctx: Ctx, work: Work, claim: Ec2Instance | undefined): Result {
+  const id = work.claim ?? "";
+  if (claim?.zone) remember(ctx, claim.spot ? "spot" : "on-demand", claim.type, claim.zone, FAILED_MS, "failed");
+  ctx.state.claims.delete(id);
+  work.log.warn(`replacement ${id} died before it was attached: ${claim?.stateReason || (claim?.state ?? "gone")}`, {
+    replacement: id,
+  });
+  work.claim = undefined;
+  work.rung++;
+  work.attempt++;
+  return again(`${id} was lost`, 0);
+}
+
+// ─── Steps: attach ───────────────────────────────────────────────────────────────────────────────────────
+// Attach before detach, so desired passes through one more. Where the maximum is in the way it is recorded in a
+// tag on the group and raised; the instance manager puts it back. Old and new are read once more right before.
+
+export type AttachItem = { claim: string; old: string; weight: number };
+export type AttachVerdict =
+  | { is: "attached" }
+  | { is: "lost" }
+  | { is: "not owed"; reason: string }
+  | { is: "later"; reason: string }
+  | { is: "refused"; reason: string };
+
+/** `spotmax:max_size` = ORIGINAL/RAISED: any maximum above ORIGINAL and up to RAISED is ours. */
+export function readMaxTag(tag: string | undefined): { original: number; raised: number } | undefined {
+  const [, original, raised] = /^(\d+)\/(\d+)$/.exec(tag ?? "") ?? [];
+  return original && raised ? { original: Number(original), raised: Number(raised) } : undefined;
+}
+/** The maximum and tag that make room for `units` more, or undefined where there is room. */
+export function raisedMax(
+  group: Pick<Group, "desired" | "max" | "tags">,
+  units: number,
+): { max: number; tag: string } | undefined {
+  const need = group.desired + units;
+  if (need <= group.max) return undefined;
+  const ours = readMaxTag(group.tags[TAG.maxSize]);
+  const original = ours && group.max > ours.original && group.max <= ours.raised ? ours.original : group.max;
+  return { max: need, tag: `${original}/${need}` };
+}
+
+const groupTag = (name: string, Key: string, Value?: string) => ({
+  ResourceId: name,
+  ResourceType: "auto-scaling-group",
+  Key,
+  Value,
+  PropagateAtLaunch: false,
+});
+const OVER_LIMIT = /update the AutoScalingGroup sizes/;
+const isStaying = (m: Member | undefined): m is Member =>
+  m !== undefined && (m.lifecycleState === "InService" || m.lifecycleState.startsWith("Pending"));
+
+async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<ReturnType<typeof howItLeft>> {
+  const [activities, instance] = await Promise.all([ctx.cloud.activities(group), ctx.cloud.instance(old)]);
+  return howItLeft(activities ?? [], old, instance?.tags[TAG.detached] === group);
+}
+
+async function raiseMaximum(ctx: Ctx, group: Group, units: number): Promise<void> {
+  const raised = raisedMax(group, units);
+  if (!raised) return;
+  const { name } = group;
+  // The tag first: a maximum raised without a record would never be put back.
+  await aws(ctx, `recording the maximum of ${name}`, (o) =>
+    ctx.deps.autoScaling.send(new CreateOrUpdateTagsCommand({ Tags: [groupTag(name, TAG.maxSize, raised.tag)] }), o),
+  );
+  await aws(ctx, `raising the maximum of ${name}`, (o) =>
+    ctx.deps.autoScaling.send(new UpdateAutoScalingGroupCommand({ AutoScalingGroupName: name, MaxSize: raised.max }), o),
+  );
+  ctx.deps.log.info(`raised the maximum of ${name} from ${group.max} to ${raised.max} for the replacement`, { group: name });
+}
+
+async function protect(ctx: Ctx, name: string, ids: string[], ProtectedFromScaleIn: boolean): Promise<void> {
+  if (!ids.length) return;
+  try {
+    await aws(ctx, `${ProtectedFromScaleIn ? "protecting" : "releasing"} ${ids.join(" ")}`, (o) =>
+      ctx.deps.autoScaling.send(
+        new SetInstanceProtectionCommand({ AutoScalingGroupName: name, InstanceIds: ids, ProtectedFromScaleIn }),
+        o,
+      ),
+    );
+  } catch (error) {
+    if (isRetryable(error)) throw error;
+    // One that has left refuses the call for all.
+    if (ids.length > 1) for (const id of ids) await protect(ctx, name, [id], ProtectedFromScaleIn);
+    else ctx.deps.log.debug(errorText(error), { group: name });
+  }
+}
+
+/** Attaches up to 20 claims of one group; runs alone on the group. */
+async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise<AttachVerdict[]> {
+  const verdicts = new Map<string, AttachVerdict>();
+  const [first, claims] = await Promise.all([ctx.cloud.group(name), Promise.all(items.map((i) => ctx.cloud.instance(i.claim)))]);
+  let group = first;
+  const wanted: AttachItem[] = [];
+  for (const [n, item] of items.entries()) {
+    if (!group || group.status) verdicts.set(item.claim, { is: "not owed", reason: `group ${name} is being deleted` });
+    else if (group.members.has(item.claim)) verdicts.set(item.claim, { is: "attached" });
+    else if (claims[n]?.state !== "running") verdicts.set(item.claim, { is: "lost" });
+    else if (group.suspended.has("Launch"))
+      verdicts.set(item.claim, { is: "later", reason: `the Launch process of ${name} is suspended` });
+    else if (!isStaying(group.members.get(item.old)) && (await howOldLeft(ctx, name, item.old)) === "decremented")
+      verdicts.set(item.claim, { is: "not owed", reason: `${item.old} left with decrement` });
+    else wanted.push(item);
+  }
+  for (let rounds = 0; group && wanted.length; rounds++) {
+    const ids = wanted.map((i) => i.claim);
+    const attached = (id: string) => verdicts.set(id, { is: "attached" });
+    try {
+      await raiseMaximum(
+        ctx,
+        group,
+        wanted.reduce((sum, i) => sum + i.weight, 0),
+      );
+      await aws(ctx, `attaching ${ids.join(" ")} to ${name}`, (o) =>
+        ctx.deps.autoScaling.send(new AttachInstancesCommand({ AutoScalingGroupName: name, InstanceIds: ids }), o),
+      );
+      ids.forEach(attached);
+      wanted.length = 0;
+    } catch (error) {
+      const text = errorText(error);
+      if (isRetryable(error) || errorName(error) !== "ValidationError") throw error;
+      group = await ctx.cloud.group(name);
+      if (OVER_LIMIT.test(text) && rounds < 5) continue; // somebody else took the room: read again, raise again
+      for (const i of wanted) if (group?.members.has(i.claim)) attached(i.claim);
+      const blamed = named((error as Error).cause).filter((id) => ids.includes(id));
+      const refused = ids.length === 1 ? ids : blamed.length < ids.length ? blamed : [];
+      for (const id of refused) if (!verdicts.has(id)) verdicts.set(id, { is: "refused", reason: text });
+      if (!refused.length && !ids.some((id) => verdicts.has(id))) {
+        // The refusal names nobody: one by one.
+        for (const item of wanted.splice(0))
+          verdicts.set(item.claim, (await attachBatch(ctx, name, [item]))[0] ?? { is: "lost" });
+      }
+      wanted.splice(0, wanted.length, ...wanted.filter((i) => !verdicts.has(i.claim)));
+    }
+  }
+  const attached = items.filter((i) => verdicts.get(i.claim)?.is === "attached");
+  const after = group?.members;
+  await protect(
+    ctx,
+    name,
+    attached.flatMap((i) => (isStaying(after?.get(i.old)) && !after?.get(i.claim)?.isProtected ? [i.claim] : [])),
+    true,
+  );
+  return items.map((i) => verdicts.get(i.claim) ?? { is: "later", reason: "no verdict" });
+}
+
+async function attach(ctx: Ctx, work: Work): Promise<Result> {
+  const claim = work.claim ?? "";
+  const shown = await claimsOf(ctx, work.instance);
+  if (shown.some((c) => c.id === claim && isSettled(c))) return done;
+  const best = winner(shown);
+  if (best && best.id !== claim) {
+    work.claim = best.id;
+    return again(`${best.id} wins over ${claim}`, 0);
+  }
+  const verdict = await lane(ctx, work.group).attach({ claim, old: work.instance, weight: work.member?.weight ?? 1 });
+  switch (verdict.is) {
+    case "attached":
+      work.log.info(`attached ${claim} to ${work.group}`, { replacement: claim });
+      return done;
+    case "lost":
+      return lostClaim(ctx, work, await ctx.cloud.instance(claim));
+    case "later":
+      return again(verdict.reason, 5_000);
+    case "not owed":
+      await ctx.cloud.terminate([claim]);
+      ctx.state.claims.delete(claim);
+      return skip(`${verdict.reason}: no replacement is owed, ${claim} is ended`, "info");
+    case "refused":
+      await ctx.cloud.terminate([claim]);
+      work.log.error(`${verdict.reason}; ${claim} is ended`, { replacement: claim });
+      return lostClaim(ctx, work, undefined);
+  }
+}
+
+// ─── Steps: detach and terminate ─────────────────────────────────────────────────────────────────────────
+// The old one goes when its replacement is in service, or when its time is up. What we let go carries
+// spotmax:detached before it goes, and only what carries that is ever ended here.
+
+export type DetachItem = {
+  old: string;
+  claim: string | undefined;
+  decrement: boolean;
+  forced: boolean;
+  oldProtected: boolean;
+};
+export type DetachVerdict = "detached" | "left" | "refused" | "not ready";
+
+/** How far a replacement is: none living, launched, a member that is not in service, in service, in service and healthy in its target groups. */
+export type Standing = "none" | "outside" | "joining" | "in service" | "healthy";
+
+/** When and how an old instance is detached. Pure; times in ms. */
+export function whenToDetach(x: {
+  nowMs: number;
+  deadlineMs: number | undefined;
+  standing: Standing;
+  refused: boolean;
+}): "wait" | "decrement" | "substitute" {
+  const { nowMs, deadlineMs, standing, refused } = x;
+  if (standing === "healthy" && !refused) return "decrement";
+  if (deadlineMs === undefined) return "wait";
+  // Its time is up: without decrement where nobody takes its place, so that the group launches its own substitute.
+  if (nowMs >= deadlineMs - 5_000) return refused || standing === "none" || standing === "outside" ? "substitute" : "decrement";
+  // Connections need time to drain, whatever the target groups think of the new one.
+  return nowMs >= deadlineMs - 30_000 && standing === "in service" && !refused ? "decrement" : "wait";
+}
+
+/** The living claim for an old instance, through replacements that were themselves replaced. */
+async function lastLiving(ctx: Ctx, old: string, depth = 0): Promise<Ec2Instance | undefined> {
+  const claims = await claimsOf(ctx, old);
+  const living = winner(claims);
+  if (living || depth > 4) return living;
+  for (const dead of claims) {
+    const next = await lastLiving(ctx, dead.id, depth + 1);
+    if (next) return next;
+  }
+  return undefined;
+}
+
+async function standingOf(ctx: Ctx, group: Group, claim: Ec2Instance | undefined): Promise<Standing> {
+  if (!claim) return "none";
+  const member = group.members.get(claim.id);
+  if (!member || judgeState(member.lifecycleState) === "leaving") return "outside";
+  if (member.lifecycleState !== "InService") return "joining";
+  const healthy = await Promise.all(group.targetGroups.map((arn) => ctx.cloud.isHealthy({ arn, id: claim.id })));
+  return healthy.every(Boolean) ? "healthy" : "in service";
+}
+
+async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
+  if (work.deadlineMs !== undefined && work.leaseSeconds !== LEASE_SECONDS) {
+    work.leaseSeconds = LEASE_SECONDS;
+    void hold(ctx, work, LEASE_SECONDS);
+  }
+  let claim: Ec2Instance | undefined;
+  for (let round = 0; ; round++) {
+    const group = await ctx.cloud.group(work.group);
+    if (!group) return skip(`group ${work.group} is gone`, "info");
+    // Claims change seldom, groups often: the claim is looked for anew only now and then, and when it is missing.
+    if (!claim || !group.members.has(claim.id) || round % 10 === 0) claim = await lastLiving(ctx, work.instance);
+    work.claim = claim?.id;
+    work.left = !isStaying(group.members.get(work.instance));
+    if (work.left) return done;
+    const standing = await standingOf(ctx, group, claim);
+    const what = whenToDetach({ nowMs: ctx.deps.now(), deadlineMs: work.deadlineMs, standing, refused: work.refused });
+    if (what !== "wait") {
+      work.decrement = what === "decrement";
+      return done;
+    }
+    if (work.deadlineMs === undefined) {
+      if (standing === "none") return skip("its replacement is gone: the old one stays", "warn");
+      return retry(`replacement ${work.claim} is ${standing}`, work.refused ? 60 : 15);
+    }
+    await tick(ctx, 1_000);
+  }
+}
+
+/** Settles a claim: scale-in may choose it again, and nobody looks at it as a claim any more. */
+async function settle(ctx: Ctx, name: string, claims: { id: string; keepProtected: boolean }[]): Promise<void> {
+  await protect(
+    ctx,
+    name,
+    claims.flatMap((c) => (c.keepProtected ? [] : [c.id])),
+    false,
+  );
+  const time = new Date(ctx.deps.now()).toISOString();
+  await ctx.cloud.tag(
+    claims.map((c) => c.id),
+    { [TAG.attached]: time },
+  );
+  for (const { id } of claims) {
+    const known = ctx.state.claims.get(id);
+    if (known) ctx.state.claims.set(id, { ...known, tags: { ...known.tags, [TAG.attached]: time } });
+  }
+}
+
+/** Detaches up to 20 old instances of one group, all with or all without decrement; runs alone on the group. */
+async function detachBatch(ctx: Ctx, name: string, items: DetachItem[]): Promise<DetachVerdict[]> {
+  const verdicts = new Map<string, DetachVerdict>();
+  const decrement = items[0]?.decrement ?? true;
+  let group = await ctx.cloud.group(name);
+  const inService = (id: string | undefined) => id !== undefined && group?.members.get(id)?.lifecycleState === "InService";
+  const ready: DetachItem[] = [];
+  for (const item of items) {
+    if (!isStaying(group?.members.get(item.old))) verdicts.set(item.old, "left");
+    else if (decrement && !item.forced && !inService(item.claim)) verdicts.set(item.old, "not ready");
+    else ready.push(item);
+  }
+  // An intention, not a fact: what is not detached after all is a member, and members are never ended.
+  await ctx.cloud.tag(
+    ready.map((i) => i.old),
+    { [TAG.detached]: name },
+  );
+  const wanted = [...ready];
+  while (wanted.length) {
+    const ids = wanted.map((i) => i.old);
+    try {
+      await aws(ctx, `detaching ${ids.join(" ")} from ${name}`, (o) =>
+        ctx.deps.autoScaling.send(
+          new DetachInstancesCommand({ AutoScalingGroupName: name, InstanceIds: ids, ShouldDecrementDesiredCapacity: decrement }),
+          o,
+        ),
+      );
+      for (const id of ids) verdicts.set(id, "detached");
+      break;
+    } catch (error) {
+      const text = errorText(error);
+      if (isRetryable(error) || errorName(error) !== "ValidationError") throw error;
+      group = await ctx.cloud.group(name);
+      for (const id of ids) if (!isStaying(group?.members.get(id))) verdicts.set(id, "left");
+      const blamed = named((error as Error).cause).filter((id) => ids.includes(id));
+      if (ids.length === 1)
+        for (const id of ids) verdicts.set(id, verdicts.get(id) ?? (OVER_LIMIT.test(text) ? "refused" : "not ready"));
+      else if (blamed.length && blamed.length < ids.length)
+        for (const id of blamed) verdicts.set(id, verdicts.get(id) ?? "not ready");
+      else if (!ids.some((id) => verdicts.has(id))) {
+        for (const item of wanted.splice(0)) verdicts.set(item.old, (await detachBatch(ctx, name, [item]))[0] ?? "not ready");
+        return items.map((i) => verdicts.get(i.old) ?? "not ready");
+      }
+      ctx.deps.log.debug(text, { group: name });
+      wanted.splice(0, wanted.length, ...wanted.filter((i) => !verdicts.has(i.old)));
+    }
+  }
+  const settled = ready.flatMap((i) =>
+    decrement && i.claim && verdicts.get(i.old) === "detached" && inService(i.claim)
+      ? [{ id: i.claim, keepProtected: i.oldProtected }]
+      : [],
+  );
+  await settle(ctx, name, settled);
+  return items.map((i) => verdicts.get(i.old) ?? "not ready");
+}
+
+async function detach(ctx: Ctx, work: Work): Promise<Result> {
+  const { instance, claim, decrement, group } = work;
+  if (work.left) {
+    work.log.info(`${instance} has left ${group} already`);
+    // A crash between detach and settling: finish it here, where it is known whether the old one was protected.
+    const replacement = claim ? (await ctx.cloud.group(group))?.members.get(claim) : undefined;
+    if (claim && replacement?.lifecycleState === "InService" && (await howOldLeft(ctx, group, instance)) === "decremented")
+      await settle(ctx, group, [{ id: claim, keepProtected: work.oldProtected }]);
+    return done;
+  }
+  const forced = work.deadlineMs !== undefined && ctx.deps.now() >= work.deadlineMs - 5_000;
+  const verdict = await lane(ctx, group).detach({ old: instance, claim, decrement, forced, oldProtected: work.oldProtected });
+  switch (verdict) {
+    case "detached":
+      if (decrement) work.log.info(`detached ${instance} from ${group}; ${claim} has taken its place`, { replacement: claim });
+      else
+        work.log.warn(`detached ${instance} from ${group} without a replacement in service: the group substitutes it by itself`);
+      return done;
+    case "left":
+      return again(`${instance} has just left ${group}`, 0);
+    case "refused":
+      work.refused = true;
+      return again(`the minimum of ${group} refuses the decrement`);
+    case "not ready":
+      return again("old or new is not as it was a moment ago");
+  }
+}
+
+async function sendTerminationMessage(ctx: Ctx, work: Work): Promise<Result> {
+  // With a hard deadline AWS ends it; a minute later it is looked at all the same, for a rehearsal must not leave a machine running.
+  const delay =
+    work.deadlineMs === undefined
+      ? work.options.preaction_termination_delay_seconds
+      : (work.deadlineMs + 60_000 - ctx.deps.now()) / 1000;
+  await sendFollowUp(ctx, work, "termination_evt_sqs", TERMINATION, Math.max(0, delay));
+  return done;
+}
+
+async function terminate(ctx: Ctx, work: Work): Promise<Result> {
+  const { instance, group } = work;
+  const [old, member] = await Promise.all([ctx.cloud.instance(instance), ctx.cloud.member(instance)]);
+  if (isGone(old)) return skip(`${instance} is ${old?.state ?? "gone"}`, "info");
+  if (member)
+    return judgeState(member.lifecycleState) === "leaving"
+      ? retry(`still ${member.lifecycleState}`, 5)
+      : skip(`${instance} is a member of ${member.group}: left alone`, "info");
+  if (old?.tags[TAG.detached] !== group) return skip(`${instance} carries no ${TAG.detached}=${group}: left alone`, "warn");
+  if (work.deadlineMs === undefined) {
+    const { max_num_of_terminated_one_time: limit } = work.options;
+    const room = await lane(ctx, group).exclusive(async () => {
+      const ending = await ctx.cloud.describe("counting what is ending", [
+        { Name: `tag:${TAG.detached}`, Values: [group] },
+        { Name: "instance-state-name", Values: ["shutting-down"] },
+      ]);
+      if (ending.length >= limit) return false;
+      await ctx.cloud.terminate([instance]);
+      return true;
+    });
+    if (!room) return retry(`${limit} of ${group} are ending already`, 10);
+  } else await ctx.cloud.terminate([instance]);
+  work.log.info(`terminated ${instance}`);
+  return done;
+}
+
+// ─── Instance manager ────────────────────────────────────────────────────────────────────────────────────
+// One loop over everything that carries our tag: it settles claims whose message was lost, ends the surplus and
+// the losers, puts maximums back and sweeps leaks. It reads before it acts, twice where an act cannot be undone,
+// and never attaches anything.
+
+const BUSY_MS = 5_000;
+const IDLE_MS = 30_000;
+const LEAK_MS = 10 * 60_000;
+const SECOND_READ_MS = 30_000;
+
+async function managerLoop(ctx: Ctx): Promise<void> {
+  while (!ctx.signal.aborted) {
+    let busy = false;
+    try {
+      busy = await managerPass(ctx);
+    } catch (error) {
+      if (error instanceof Stopped) return;
+      ctx.deps.log.error(`instance manager: ${errorText(error)}; trying again`, { error: errorName(error) });
+    }
+    await pause(ctx, busy ? BUSY_MS : IDLE_MS).catch(() => undefined); // only ever Stopped
+  }
+}
+
+/** One look at all claims and maximums; true while something is unsettled. */
+export async function managerPass(ctx: Ctx): Promise<boolean> {
+  const { state, deps } = ctx;
+  const shown = await ctx.cloud.describe("reading claims", [{ Name: "tag-key", Values: [TAG.replaces] }]);
+  const unordered = shown.filter(
+    (c) => c.tags[TAG.replaces]?.includes(" ") && !c.tags[TAG.order] && deps.now() - c.launchedMs > 30_000,
+  );
+  if (unordered.length) await writeOrders(ctx, unordered);
+  const seen = new Map(shown.map((c) => [c.id, c]));
+  for (const [id, c] of state.claims) {
+    const now = seen.get(id);
+    if (now) state.claims.set(id, { ...now, tags: { ...c.tags, ...now.tags } });
+    else if (deps.now() - c.launchedMs > 120_000) state.claims.delete(id); // long enough for the slowest describe
+  }
+  for (const c of shown) {
+    if (!state.claims.has(c.id)) state.claims.set(c.id, c);
+    if (!isLiving(c)) state.claims.delete(c.id);
+  }
+  const open = [...state.claims.values()].filter((c) => !isSettled(c));
+  await settleClaims(ctx, open);
+  const names = new Set([...state.groups.keys(), ...open.map((c) => c.tags[TAG.group] ?? "")].filter(Boolean));
+  const groups = (await Promise.all([...names].map((name) => ctx.cloud.group(name)))).flatMap((g) => g ?? []);
+  let raised = false;
+  for (const g of groups) raised = (await restoreMaximum(ctx, g, open)) || raised;
+  forget(ctx, open);
+  return open.length > 0 || raised;
+}
+
+function forget(ctx: Ctx, open: Ec2Instance[]): void {
+  const alive = new Set(open.map((c) => c.id));
+  for (const map of [ctx.state.outsideSince, ctx.state.actedMs]) for (const id of map.keys()) if (!alive.has(id)) map.delete(id);
+  for (const [key, untilMs] of ctx.state.failedPools) if (untilMs < ctx.deps.now()) ctx.state.failedPools.delete(key);
+}
+
+/** What is to become of one unsettled claim. `since` is how long it was seen this way, in ms. */
+export function judgeClaim(x: {
+  isWinner: boolean;
+  winnerInService: boolean;
+  member: Member | undefined;
+  outsideMs: number;
+  ageMs: number;
+  old: "staying" | "decremented" | "substituted" | "unknown";
+  watchedMs: number;
+  membersInService: number;
+  desired: number;
+  patienceMs: number;
+}): "leave" | "settle" | "end outside" | "end member" | "remind" {
+  if (!x.member) {
+    if (x.outsideMs < SECOND_READ_MS) return "leave";
+    if (!x.isWinner && x.winnerInService) return "end outside";
+    if (x.old === "decremented") return "end outside";
+    return x.ageMs > LEAK_MS ? "end outside" : "leave";
+  }
+  if (!x.isWinner) return x.winnerInService ? "end member" : "leave";
+  if (x.member.lifecycleState !== "InService") return "leave";
+  if (x.old === "staying") return x.ageMs > LEAK_MS + x.patienceMs ? "remind" : "leave";
+  // The detach message settles its own claim, and knows whether the old one was protected: it comes first.
+  if (x.watchedMs < 60_000) return "leave";
+  if (x.old === "decremented") return "settle";
+  if (x.old === "substituted") return x.membersInService >= x.desired ? "end member" : "leave";
+  return x.watchedMs > LEAK_MS ? "settle" : "leave"; // nobody knows how it left: what is there stays
+}
+
+async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
+  const nowMs = ctx.deps.now();
+  const membersOf = await Promise.all(open.map((c) => ctx.cloud.member(c.id)));
+  const ended = new Set<string>(); // one surplus at a time and group, each judged on fresh numbers
+  for (const [n, claim] of open.entries()) {
+    const member = membersOf[n];
+    const old = replacedBy(claim);
+    if (!member && !ctx.state.outsideSince.has(claim.id)) ctx.state.outsideSince.set(claim.id, nowMs);
+    if (member) ctx.state.outsideSince.delete(claim.id);
+    const name = member?.group ?? claim.tags[TAG.group] ?? "";
+    const group = await ctx.cloud.group(name);
+    const best = old ? winner([...ctx.state.claims.values()].filter((c) => replacedBy(c) === old)) : undefined;
+    const stays = old !== undefined && isStaying(group?.members.get(old));
+    const inService = group ? [...group.members.values()].filter((m) => m.lifecycleState === "InService") : [];
+    const watch = `${claim.id} ${stays}`;
+    if (!ctx.state.actedMs.has(watch)) ctx.state.actedMs.set(watch, nowMs);
+    const options = ctx.state.groups.get(name)?.options ?? v.parse(groupSchema, {});
+    const what = judgeClaim({
+      isWinner: best?.id === claim.id,
+      winnerInService: best !== undefined && group?.members.get(best.id)?.lifecycleState === "InService",
+      member,
+      outsideMs: nowMs - (ctx.state.outsideSince.get(claim.id) ?? nowMs),
+      ageMs: nowMs - claim.launchedMs,
+      old: stays ? "staying" : old && group ? await howOldLeft(ctx, name, old) : "unknown",
+      watchedMs: nowMs - (ctx.state.actedMs.get(watch) ?? nowMs),
+      membersInService: inService.reduce((sum, m) => sum + m.weight, 0),
+      desired: group?.desired ?? 0,
+      patienceMs:
+        1000 *
+        (options.detaching_delay_seconds +
+          options.preaction_detach_delay_seconds +
+          (options.k8s_node_drain_option ? options.k8s_node_drain_grace_second : 0)),
+    });
+    if (what === "leave") continue;
+    const log = ctx.deps.log.with({ group: name, instance: old, replacement: claim.id });
+    try {
+      await actOnClaim(ctx, what, claim, old ?? "", name, options, ended, log);
+    } catch (error) {
+      if (error instanceof Stopped) throw error;
+      log.error(`instance manager: ${errorText(error)}`, { error: errorName(error) });
+    }
+  }
+}
+
+async function actOnClaim(
+  ctx: Ctx,
+  what: "settle" | "end outside" | "end member" | "remind",
+  claim: Ec2Instance,
+  old: string,
+  name: string,
+  options: GroupOptions,
+  ended: Set<string>,
+  log: Log,
+): Promise<void> {
+  if (what === "settle") {
+    const keepProtected = (await ctx.cloud.group(name))?.protectsNew ?? false;
+    await settle(ctx, name, [{ id: claim.id, keepProtected }]);
+    log.info(`settled ${claim.id}: ${old} has left ${name}`);
+  } else if (what === "remind") {
+    const last = ctx.state.actedMs.get(`${claim.id} reminded`) ?? 0;
+    if (ctx.deps.now() - last < LEAK_MS) return;
+    ctx.state.actedMs.set(`${claim.id} reminded`, ctx.deps.now());
+    const notice: Notice = {
+      type: DETACH,
+      kind: "rebalance",
+      id: claim.id,
+      instances: [old],
+      timeMs: undefined,
+      carried: undefined,
+    };
+    const work = newWork(ctx, "detach_evt_sqs", "", "", "", ctx.deps.now(), notice);
+    const oldProtected = (await ctx.cloud.group(name))?.members.get(old)?.isProtected ?? false;
+    await sendFollowUp(ctx, { ...work, group: name, options, oldProtected }, "detach_evt_sqs", DETACH, 0);
+    log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
+  } else if (what === "end outside") {
+    if (await ctx.cloud.member(claim.id)) return; // the second read
+    await ctx.cloud.terminate([claim.id]);
+    ctx.state.claims.delete(claim.id);
+    log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
+  } else if (!ended.has(name)) {
+    ended.add(name);
+    await lane(ctx, name).exclusive(() =>
+      aws(ctx, `ending the surplus ${claim.id}`, (o) =>
+        ctx.deps.autoScaling.send(
+          new TerminateInstanceInAutoScalingGroupCommand({ InstanceId: claim.id, ShouldDecrementDesiredCapacity: true }),
+          o,
+        ),
+      ),
+    );
+    ctx.state.claims.delete(claim.id);
+    log.info(`ended ${claim.id} in ${name}: it was one too many`);
+  }
+}
+
+/** Puts a maximum that we raised back, once nothing needs it; true while that is to come. */
+async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Promise<boolean> {
+  const { name } = group;
+  const ours = readMaxTag(group.tags[TAG.maxSize]);
+  if (!ours) {
+    ctx.state.restoring.delete(name);
+    return false;
+  }
+  const dropTag = () =>
+    aws(ctx, `removing ${TAG.maxSize} from ${name}`, (o) =>
+      ctx.deps.autoScaling.send(new DeleteTagsCommand({ Tags: [groupTag(name, TAG.maxSize)] }), o),
+    );
+  const isOurs = (max: number) => max > ours.original && max <= ours.raised;
+  const isBusy = (claims: Ec2Instance[]) =>
+    claims.some((c) => c.tags[TAG.group] === name && isLiving(c) && !isSettled(c)) ||
+    [...ctx.state.inHand.values()].some((w) => w.group === name && w.queue === "interruption_evt_sqs");
+  const known = ctx.state.restoring.get(name) ?? {};
+  const nowMs = ctx.deps.now();
+  const busy = isBusy(open);
+  const calmSinceMs = !busy && group.desired <= ours.original ? (known.calmSinceMs ?? nowMs) : undefined;
+  const aboveSinceMs = !busy && group.desired > ours.original ? (known.aboveSinceMs ?? nowMs) : undefined;
+  ctx.state.restoring.set(name, { calmSinceMs, aboveSinceMs });
+  const isDue = (sinceMs: number | undefined, ms: number) => sinceMs !== undefined && nowMs - sinceMs >= ms;
+  if (isOurs(group.max) && !isDue(calmSinceMs, 10_000) && !isDue(aboveSinceMs, LEAK_MS)) return true;
+  return lane(ctx, name).exclusive(async () => {
+    const claims = await ctx.cloud.describe("reading claims once more", [{ Name: `tag:${TAG.group}`, Values: [name] }]);
+    const now = await ctx.cloud.group(name);
+    if (!now) return false;
+    const tag = now.tags[TAG.maxSize];
+    if (tag !== group.tags[TAG.maxSize] || now.max !== group.max) return true; // changed under our eyes: look again
+    if (!isOurs(now.max)) {
+      // Between the record and the raise a maximum is still the original one; wait for whoever is at it.
+      if (now.max === ours.original && !isDue(calmSinceMs, 10_000)) return true;
+      await dropTag();
+      ctx.state.restoring.delete(name);
+      return false;
+    }
+    if (isBusy(claims) || (now.desired > ours.original && !isDue(aboveSinceMs, LEAK_MS))) return true;
+    // Directly after the second read and never again blindly: AWS has no conditional update.
+    await aws(
+      ctx,
+      `putting the maximum of ${name} back`,
+      (o) =>
+        ctx.deps.autoScaling.send(new UpdateAutoScalingGroupCommand({ AutoScalingGroupName: name, MaxSize: ours.original }), o),
+      { tries: 1 },
+    );
+    ctx.deps.log.info(`put the maximum of ${name} back to ${ours.original}`, { group: name });
+    await dropTag();
+    ctx.state.restoring.delete(name);
+    return false;
+  });
+}
+
+// ─── Start-up checks and refresh ─────────────────────────────────────────────────────────────────────────
+// What cannot work is said at start, not at the first notice. A broken group is left out and looked at again
+// with every refresh; the others run.
+
+/** Reads all groups; fills state.groups, says what is wrong with each. */
+export async function checkGroups(ctx: Ctx): Promise<void> {
+  const { state, deps } = ctx;
+  const before = state.groups;
+  const entries = Object.entries(state.config.groups);
+  const groups = await Promise.all(entries.map(([name]) => ctx.cloud.group(name)));
+  state.groups = new Map(
+    await Promise.all(
+      entries.map(async ([name, fromFile], n): Promise<[string, { options: GroupOptions; broken?: string }]> => {
+        const group = groups[n];
+        const { options, faults } = withTags(fromFile, group?.tags ?? {});
+        const known = before.get(name);
+        const broken = groupFault(name, group);
+        const log = deps.log.with({ group: name });
+        if (broken) {
+          log[known?.broken === broken ? "debug" : "error"](`group ${name} is left out: ${broken}`);
+          return [name, { options, broken }];
+        }
+        if (known && !known.broken && JSON.stringify(known.options) === JSON.stringify(options)) return [name, known];
+        for (const fault of faults) log.warn(`${fault}; ignored`);
+        log.debug(`group ${name} is suitable for max group`);
+        if (group) await warnings(ctx, group, options, log);
+        log.info(`Loaded maxgroup ${name}`);
+        return [name, { options }];
+      }),
+    ),
+  );
+}
+
+/** Why max_group cannot look after a group at all. */
+function groupFault(name: string, group: Group | undefined): string | undefined {
+  if (!group) return `there is no Auto Scaling group "${name}" in this region and account; group names are case-sensitive`;
+  if (group.status) return `it is being deleted (${group.status})`;
+  if (!group.template)
+    return "it uses a launch configuration; move it to a launch template (Auto Scaling console: Edit, Launch configuration, Switch to launch template)";
+  return undefined;
+}
+
+async function warnings(ctx: Ctx, group: Group, options: GroupOptions, log: Log): Promise<void> {
+  const { name } = group;
+  for (const option of NOT_YET) if (options[option]) log.warn(`${option} is set, but this version does not act on it`);
+  if (group.capacityRebalance)
+    log.warn(`Capacity Rebalancing of ${name} is on: both would replace the same instance; switch it off`);
+  if (group.suspended.has("Launch"))
+    log.warn(`the Launch process of ${name} is suspended: nothing can be attached until it is resumed`);
+  if (group.healthCheck.type.includes("ELB") && !group.healthCheck.graceSeconds)
+    log.warn(`${name} uses load-balancer health checks without a grace period: new members may be ended before they answer`);
+  const { LifecycleHooks = [] } = await aws(ctx, `reading the lifecycle hooks of ${name}`, (o) =>
+    ctx.deps.autoScaling.send(new DescribeLifecycleHooksCommand({ AutoScalingGroupName: name }), o),
+  );
+  if (LifecycleHooks.length)
+    log.warn(
+      `${name} has lifecycle hooks (${LifecycleHooks.map((h) => h.LifecycleHookName).join(", ")}): AWS runs them for neither attach nor detach`,
+    );
+}
+
+/** Every queue is there and has a dead-letter queue; throws with one clear line where one cannot be read. */
+async function checkQueues(ctx: Ctx): Promise<void> {
+  await Promise.all(
+    QUEUES.map(async (name) => {
+      const { queue_url } = ctx.state.config.global[name];
+      try {
+        const { Attributes = {} } = await aws(
+          ctx,
+          `reading ${name}`,
+          (o) =>
+            ctx.deps
+              .sqs(queue_url)
+              .send(new GetQueueAttributesCommand({ QueueUrl: queue_url, AttributeNames: ["RedrivePolicy"] }), o),
+          { tries: 3 },
+        );
+        if (!Attributes.RedrivePolicy)
+          ctx.deps.log.warn(
+            `${name} has no dead-letter queue: a message that cannot be understood comes back until it expires; set a redrive policy with maxReceiveCount 10`,
+          );
+      } catch (cause) {
+        throw new ConfigError(
+          `global.${name}.queue_url ${queue_url}: ${explain(cause, { QueueDoesNotExist: "there is no such queue; check account and region in the URL" })}`,
+          { cause },
+        );
+      }
+    }),
+  );
+}
+
+/** Asks AWS by dry runs whether the role may launch and end instances; only ever warns. */
+async function checkPermissions(ctx: Ctx): Promise<void> {
+  const ask = async (what: string, send: (o: { abortSignal: AbortSignal }) => Promise<unknown>) => {
+    try {
+      await aws(ctx, what, send, { tries: 2 });
+    } catch (error) {
+      if (/^(UnauthorizedOperation|AccessDenied|AccessDeniedException)$/.test(errorName(error)))
+        ctx.deps.log.error(`the role may not do this: ${what}; add the action to it (see conf/spotmax_init.yml)`, {
+          error: errorName(error),
+        });
+      else if (errorName(error) !== "DryRunOperation") ctx.deps.log.debug(`dry run: ${errorText(error)}`);
+    }
+  };
+  // An ID that cannot exist: the answer tells about the right alone, whatever an endpoint makes of DryRun.
+  const InstanceIds = ["i-00000000000000000"];
+  await ask("ec2:TerminateInstances", (o) => ctx.deps.ec2.send(new TerminateInstancesCommand({ InstanceIds, DryRun: true }), o));
+  await ask("ec2:CreateTags", (o) =>
+    ctx.deps.ec2.send(
+      new CreateTagsCommand({ Resources: InstanceIds, Tags: [{ Key: TAG.detached, Value: "" }], DryRun: true }),
+      o,
+    ),
+  );
+  for (const [name, { broken }] of ctx.state.groups) {
+    const group = broken ? undefined : await ctx.cloud.group(name);
+    if (!group?.template) continue;
+    const data = await templateOf(ctx, group.template);
+    const subnets = await subnetsByZone(ctx, group, data.namesSubnet);
+    const pools = planLaunch({
+      group,
+      old: { type: data.type ?? "", zone: "", weight: 1 },
+      rung: "any spot",
+      alone: true,
+      desperate: true,
+      alt: [],
+      subnets,
+      templateType: data.type,
+      memory: () => undefined,
+    });
+    if (!pools.length || data.asksForSpot) continue;
+    const request = fleetRequest(group, pools, "spot", [{ Key: TAG.group, Value: name }], 1);
+    await ask(`ec2:CreateFleet for ${name}`, (o) => ctx.deps.ec2.send(new CreateFleetCommand({ ...request, DryRun: true }), o));
+  }
+}
+
+/** An AWS error in one line that says what to do. */
+export function explain(error: unknown, special: Record<string, string> = {}): string {
+  const name = errorName(error);
+  const code = status(error instanceof Error && error.cause instanceof Error ? error.cause : error);
+  const known: Record<string, string> = {
+    AccessDenied: "access is denied; give the role the rights of conf/spotmax_init.yml",
+    ExpiredToken: "the credentials have expired; renew them and start again",
+    InvalidAccessKeyId: "the access key is not known to AWS; check -k, or the environment's AWS_ACCESS_KEY_ID",
+    SignatureDoesNotMatch: "the secret does not fit the access key; check -p, or the environment's AWS_SECRET_ACCESS_KEY",
+    CredentialsProviderError:
+      "no credentials were found; attach the role spotmax_max_group_role to this instance, or pass -k and -p",
+  };
+  const alias: Record<string, string> = {
+    AccessDeniedException: "AccessDenied",
+    AllAccessDisabled: "AccessDenied",
+    Forbidden: "AccessDenied",
+    "403": "AccessDenied",
+    UnauthorizedOperation: "AccessDenied",
+    ExpiredTokenException: "ExpiredToken",
+    RequestExpired: "ExpiredToken",
+    TokenRefreshRequired: "ExpiredToken",
+    InvalidClientTokenId: "InvalidAccessKeyId",
+    UnrecognizedClientException: "InvalidAccessKeyId",
+    InvalidToken: "InvalidAccessKeyId",
+    InvalidSignatureException: "SignatureDoesNotMatch",
+    AuthFailure: "SignatureDoesNotMatch",
+    "AWS.SimpleQueueService.NonExistentQueue": "QueueDoesNotExist",
+  };
+  const key = special[name] || known[name] ? name : (alias[name] ?? (code === 403 ? "AccessDenied" : name));
+  const text = special[key] ?? known[key];
+  if (text) return text;
+  if (
+    /ECONN|ENOTFOUND|EAI_AGAIN|ConnectionRefused|FailedToOpenSocket|ConnectionClosed|TimeoutError|ETIMEDOUT|Unable to connect/.test(
+      `${name} ${errorText(error)}`,
+    )
+  )
+    return `the endpoint cannot be reached (${name}); check the network, -r and AWS_ENDPOINT_URL`;
+  return `${name}: ${errorText(error)}`;
+}
+
+/** One file of the configuration, from the bucket or, in local test mode, from conf/. Throws ConfigError. */
+async function readFile(ctx: Pick<Ctx, "deps" | "signal">, flags: Flags, name: string): Promise<string> {
+  if (flags.t) {
+    if (!existsSync(`conf/${name}`))
+      throw new ConfigError(`conf/${name} is not in the working folder; -t reads the configuration from there`);
+    return readFileSync(`conf/${name}`, "utf8");
+  }
+  const where = `s3://${flags.b}/${name}`;
+  try {
+    const { Body } = await aws(
+      ctx as Ctx,
+      `reading ${where}`,
+      (o) => ctx.deps.s3.send(new GetObjectCommand({ Bucket: flags.b, Key: name }), o),
+      { tries: 3 },
+    );
+    return (await Body?.transformToString()) ?? "";
+  } catch (cause) {
+    const elsewhere = `the bucket is in another region than ${flags.r}; pass its region with -r, or use a bucket of this region`;
+    throw new ConfigError(
+      `${where}: ${explain(cause, {
+        NoSuchBucket: "there is no such bucket; check -b",
+        NoSuchKey: `there is no such object; upload it: aws s3 cp ${name} s3://${flags.b}/`,
+        AccessDenied:
+          "access is denied; the role needs s3:GetObject on it, and s3:ListBucket, without which a missing object looks like this too",
+        PermanentRedirect: elsewhere,
+        AuthorizationHeaderMalformed: elsewhere,
+        IllegalLocationConstraintException: elsewhere,
+        InvalidBucketName: "that is no bucket name; check -b",
+      })}`,
+      { cause },
+    );
+  }
+}
+
+/** Reads configuration and groups again; what fails leaves the last good ones in force. */
+async function refresh(ctx: Ctx, flags: Flags): Promise<void> {
+  try {
+    const config = parseConfig(await readFile(ctx, flags, "service_config.json"));
+    if (flags.t) refuseRealAws(config);
+    if (JSON.stringify(config) !== JSON.stringify(ctx.state.config))
+      ctx.deps.log.info("the configuration has changed: using the new one");
+    ctx.state.config = config;
+    await checkGroups(ctx);
+  } catch (error) {
+    if (error instanceof Stopped) return;
+    ctx.deps.log.error(`the configuration could not be refreshed, the last good one stays: ${errorText(error)}`);
+  }
+}
+
+// ─── Main ────────────────────────────────────────────────────────────────────────────────────────────────
+
+const isLoopback = (url: string | undefined) =>
+  URL.canParse(url ?? "") && /^(localhost|127(\.\d+){3}|\[::1\])$/.test(new URL(url ?? "").hostname);
+/** Local test mode never touches real AWS: not by an endpoint, and not by a queue's URL either. */
+function refuseRealAws(config: Config): void {
+  for (const name of QUEUES) {
+    const { queue_url } = config.global[name];
+    if (!isLoopback(queue_url))
+      throw new ConfigError(`-t works with loopback addresses only, and global.${name}.queue_url is ${queue_url}`);
+  }
+}
+
+/** Runs the program on these effects until the signal aborts; resolves when all is finished or given back. */
+export async function run(ctx: Ctx): Promise<void> {
+  const { log } = ctx.deps;
+  log.info("start instance manager...");
+  const manager = managerLoop(ctx);
+  log.info("start interruption handler...");
+  log.info("start dettach handler...");
+  log.info("start termination handler...");
+  const loops = [...QUEUES.map((name) => receiveLoop(ctx, name)), leaseLoop(ctx), manager];
+  await Promise.all(loops);
+  // Handlers end at their next wait and give their messages back; a launch call that is out is waited for.
+  for (let waited = 0; ctx.state.inHand.size && waited < 80; waited++) await ctx.deps.sleep(100);
+}
+
+function realDeps(flags: Flags, log: Log): Deps {
+  const endpoint = process.env.AWS_ENDPOINT_URL;
+  const credentials = flags.k && flags.p ? { accessKeyId: flags.k, secretAccessKey: flags.p } : undefined;
+  const shared = {
+    region: flags.r,
+    maxAttempts: 1,
+    ...(credentials && { credentials }),
+    ...(flags.t && endpoint ? { endpoint } : {}),
+  };
+  const clients = new Map<string, SQSClient>();
+  return {
+    ec2: new EC2Client(shared),
+    autoScaling: new AutoScalingClient(shared),
+    elb: new ElasticLoadBalancingV2Client(shared),
+    s3: new S3Client({ ...shared, forcePathStyle: endpoint !== undefined }),
+    sqs: (queueUrl) => {
+      const { origin } = new URL(queueUrl);
+      const client = clients.get(origin) ?? new SQSClient({ ...shared, endpoint: origin });
+      clients.set(origin, client);
+      return client;
+    },
+    now: Date.now,
+    sleep: (ms, signal) =>
+      new Promise((resolve, reject) => {
+        if (signal?.aborted) return reject(signal.reason);
+        const abort = () => {
+          clearTimeout(timer);
+          reject(signal?.reason);
+        };
+        const timer = setTimeout(() => {
+          signal?.removeEventListener("abort", abort);
+          resolve();
+        }, ms);
+        signal?.addEventListener("abort", abort, { once: true });
+      }),
+    random: Math.random,
+    log,
+  };
+}
+
+/** Where the log goes: standard error, or a file that SIGHUP opens anew for logrotate. */
+function logTarget(path: string | undefined): {
+  write: (line: string) => void;
+  reopen: () => void;
+  tty: boolean;
+} {
+  let fd = path ? openSync(path, "a") : 2;
+  return {
+    tty: !path && (process.stderr.isTTY ?? false),
+    write: (line) => {
+      try {
+        writeSync(fd, line);
+      } catch {
+        // A full disk or a closed pipe must not stop the replacement of machines.
+      }
+    },
+    reopen: () => {
+      if (!path) return;
+      closeSync(fd);
+      fd = openSync(path, "a");
+    },
+  };
+}
+
+async function main(): Promise<number> {
+  const flags = parseFlags(process.argv.slice(2));
+  if (typeof flags === "string") {
+    process.stderr.write(`${flags}\n${USAGE}`);
+    return 2;
+  }
+  if (flags.v) {
+    process.stdout.write(`${pkg.version}\n`);
+    return 0;
+  }
+  const target = logTarget(flags.l);
+  const seelog = existsSync("conf/seelog.xml") ? seelogLevel(readFileSync("conf/seelog.xml", "utf8")) : undefined;
+  let level: Level = seelog ?? "debug";
+  const log = makeLog(target.write, Date.now, target.tty, () => level);
+  const stop = new AbortController();
+  for (const signal of ["SIGTERM", "SIGINT"] as const)
+    process.on(signal, () => {
+      log.info(`${signal}: stopping`);
+      stop.abort(new Stopped(signal));
+    });
+  if (flags.t && !isLoopback(process.env.AWS_ENDPOINT_URL)) {
+    log.error("-t is for local tests: set AWS_ENDPOINT_URL to a loopback address, such as http://127.0.0.1:4566");
+    return 1;
+  }
+  try {
+    const deps = realDeps(flags, log);
+    const config = parseConfig(await readFile({ deps, signal: stop.signal }, flags, "service_config.json"));
+    if (flags.t) refuseRealAws(config);
+    const publicKey = process.env.MAXGROUP_LICENSE_PUBLIC_KEY;
+    const fault = publicKey
+      ? licenseFault(await readFile({ deps, signal: stop.signal }, flags, "license.txt"), publicKey, Date.now())
+      : undefined;
+    if (fault) throw new ConfigError(fault);
+    const ctx = makeContext(deps, config, stop.signal);
+    const levelOf = ({ log_level }: Config["system"]): Level =>
+      log_level === "warning" ? "warn" : (log_level ?? seelog ?? "debug");
+    level = levelOf(config.system);
+    log.info(`max_group ${pkg.version}`, {
+      region: flags.r,
+      config: flags.t ? "conf/service_config.json" : `s3://${flags.b}/service_config.json`,
+    });
+    await Promise.all([checkQueues(ctx), checkGroups(ctx)]);
+    if (![...ctx.state.groups.values()].some((g) => !g.broken))
+      throw new ConfigError("no group can be looked after; see the errors above");
+    log.debug(`interruption sqs:${config.global.interruption_evt_sqs.queue_url}`);
+    log.debug(`Detach sqs:${config.global.detach_evt_sqs.queue_url}`);
+    const again = async () => {
+      await refresh(ctx, flags);
+      level = levelOf(ctx.state.config.system);
+    };
+    process.on("SIGHUP", () => {
+      target.reopen();
+      void again();
+    });
+    const refreshing = (async () => {
+      while (!stop.signal.aborted) {
+        const seconds = ctx.state.config.system.config_refresh_seconds || 60;
+        await pause(ctx, seconds * 1000).catch(() => undefined); // only ever Stopped
+        if (!stop.signal.aborted && ctx.state.config.system.config_refresh_seconds) await again();
+      }
+    })();
+    void checkPermissions(ctx).catch((error: unknown) => log.debug(`dry runs: ${errorText(error)}`));
+    await Promise.all([run(ctx), refreshing]);
+    log.info("stopped");
+    return 0;
+  } catch (error) {
+    if (error instanceof Stopped) return 0;
+    log.error(error instanceof ConfigError ? error.message : errorText(error));
+    return 1;
+  }
+}
+
+if (import.meta.main) process.exit(await main());

@@ -1,0 +1,148 @@
+/**
+ * Runs the tests: `make test`, or `bun test/run.ts [FOLDER ...]` for some folders of test/ only.
+ *
+ * Each folder is one `bun test`, so that a crash or a hang in one does not hide the others. The last line says
+ * `N passed, N failed, N skipped`. Fails on a failed test, on a `bun test` that crashes, hangs or leaves early,
+ * on a folder without tests, and in CI on a skipped test: there, a missing server is a fault.
+ */
+import { type ChildProcess, spawn } from "node:child_process";
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+
+/** In this order, and how long each may take in all. Folders that are not named come last, with the default. */
+const minutesByFolder: Record<string, number> = {
+  unit: 3,
+  sim: 15,
+  e2e: 10,
+  wire: 10,
+  kube: 10,
+  consul: 5,
+  page: 5,
+};
+const defaultMinutes = 10;
+
+/** These must be there: a folder lost by accident would else be a pass. */
+const required = ["unit", "sim", "e2e", "wire"];
+
+/** For one test that sets no limit itself. The servers and the program take seconds to start. */
+const testTimeoutMs = 60_000;
+
+interface Counts {
+  passed: number;
+  failed: number;
+  skipped: number;
+}
+
+/** The counts in a JUnit report; undefined where there is none, because `bun test` did not get to its end. */
+export function readCounts(report: string | undefined): Counts | undefined {
+  const head = /<testsuites\b[^>]*>/.exec(report ?? "")?.[0];
+  if (head === undefined) return undefined;
+  const number = (name: string) => Number(new RegExp(`\\s${name}="(\\d+)"`).exec(head)?.[1] ?? "0");
+  const [failed, skipped] = [number("failures") + number("errors"), number("skipped")];
+  return { passed: number("tests") - failed - skipped, failed, skipped };
+}
+
+/** What is wrong with a folder's run beside its failed tests, in words; undefined where nothing is. */
+export function faultOf(counts: Counts | undefined, end: string, ci: boolean): string | undefined {
+  if (counts === undefined) return `bun test ended without a report (${end})`;
+  if (counts.passed + counts.failed + counts.skipped === 0) return "no test was run";
+  if (counts.failed === 0 && end !== "exit 0") return `bun test failed outside the tests (${end})`;
+  if (ci && counts.skipped > 0) return `${counts.skipped} skipped, which CI does not allow`;
+  return undefined;
+}
+
+/** The test files in a folder of test/; "" is test/ itself. */
+function testFiles(folder: string): string[] {
+  const pattern = folder === "" ? "*.test.ts" : `${folder}/**/*.test.ts`;
+  return [...new Bun.Glob(pattern).scanSync(import.meta.dir)].sort();
+}
+
+/** The folders of test/ that hold tests, and those that must, in order. */
+function testFolders(): string[] {
+  const found = testFiles("**").map((file) => (file.includes("/") ? file.slice(0, file.indexOf("/")) : ""));
+  const order = Object.keys(minutesByFolder);
+  const rank = (folder: string) => (order.indexOf(folder) + order.length + 1) % (order.length + 1);
+  return [...new Set([...required, ...found])].sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
+}
+
+let running: ChildProcess | undefined;
+
+/** The child leads its own process group: what it started and forgot ends with it. */
+function killGroup(signal: NodeJS.Signals) {
+  if (running?.pid === undefined) return;
+  try {
+    process.kill(-running.pid, signal);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error; // ESRCH: the group has ended already
+  }
+}
+
+/** Runs one folder's tests, their output going to ours, and says how it ended: "exit 0", "SIGSEGV", ... */
+async function runFolder(folder: string, reportFile: string): Promise<string> {
+  const minutes = minutesByFolder[folder] ?? defaultMinutes;
+  const child = spawn(
+    process.execPath,
+    [
+      ...["test", "--no-orphans", `--timeout=${testTimeoutMs}`],
+      ...["--reporter=junit", `--reporter-outfile=${reportFile}`],
+      ...testFiles(folder).map((file) => `./test/${file}`),
+    ],
+    { cwd: join(import.meta.dir, ".."), stdio: ["ignore", "inherit", "inherit"], detached: true },
+  );
+  running = child;
+  let late = false;
+  const timer = setTimeout(() => {
+    late = true;
+    killGroup("SIGKILL");
+  }, minutes * 60_000);
+  const end = await new Promise<string>((resolve) => {
+    child.on("error", (error) => resolve(error.message));
+    child.on("exit", (code, signal) => resolve(signal ?? `exit ${code}`));
+  });
+  clearTimeout(timer);
+  killGroup("SIGKILL");
+  running = undefined;
+  return late ? `stopped after ${minutes} minutes` : end;
+}
+
+async function main() {
+  const ci = process.env.CI === "true";
+  const wanted = process.argv.slice(2);
+  const reports = mkdtempSync(join(tmpdir(), "max_group-test-"));
+  process.on("exit", () => rmSync(reports, { recursive: true, force: true }));
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+    process.on(signal, () => {
+      killGroup("SIGKILL");
+      process.exit(130);
+    });
+  }
+
+  const total: Counts = { passed: 0, failed: 0, skipped: 0 };
+  const faults: string[] = [];
+  for (const folder of wanted.length > 0 ? wanted : testFolders()) {
+    console.log(`\n== test/${folder}`);
+    const reportFile = join(reports, `${folder || "top"}.xml`);
+    const empty = testFiles(folder).length === 0;
+    const end = empty ? "exit 0" : await runFolder(folder, reportFile);
+    const report = await Bun.file(reportFile)
+      .text()
+      .catch(() => undefined); // absent: readCounts says so
+    const counts = empty ? { passed: 0, failed: 0, skipped: 0 } : readCounts(report);
+    total.passed += counts?.passed ?? 0;
+    total.failed += counts?.failed ?? 0;
+    total.skipped += counts?.skipped ?? 0;
+    const fault = faultOf(counts, end, ci);
+    if (fault === undefined) continue;
+    faults.push(`test/${folder}: ${fault}`);
+    // A fault that no failed test stands for counts as one, so that the last line never says "0 failed" then.
+    if ((counts?.failed ?? 0) === 0) total.failed += 1;
+  }
+
+  console.log("");
+  for (const fault of faults) console.log(`FAULT ${fault}`);
+  console.log(`${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
+  process.exitCode = total.failed > 0 || faults.length > 0 ? 1 : 0;
+}
+
+if (import.meta.main) await main();
