@@ -978,8 +978,10 @@ export type State = {
   cache: Map<string, { atMs: number; value: Promise<unknown> }>;
   /** When the manager first saw a claim outside every group. */
   outsideSince: Map<string, number>;
-  /** When a surplus or lost claim was last acted on, by claim. */
+  /** Since when a claim is seen as it is, and when it was last acted on, by claim and matter. */
   actedMs: Map<string, number>;
+  /** Resolves once the instance manager has had its first look. */
+  firstPass: Promise<unknown>;
   /** Raised maximums that may go back: since when, and since when desired stands above. */
   restoring: Map<string, { calmSinceMs?: number; aboveSinceMs?: number }>;
 };
@@ -1006,6 +1008,7 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     outsideSince: new Map(),
     actedMs: new Map(),
     restoring: new Map(),
+    firstPass: Promise.resolve(),
   };
   const ctx = { deps, state, signal } as Ctx;
   ctx.cloud = makeCloud(ctx);
@@ -1525,49 +1528,58 @@ export function judgeState(lifecycleState: string): "go on" | "later" | "leaving
 async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   const { instance, notice } = work;
   const member = await ctx.cloud.member(instance);
-  const begun = [...ctx.state.claims.values()].some((c) => replacedBy(c) === instance && isLiving(c) && !isSettled(c));
+  if (!member) await ctx.state.firstPass; // only now is it known what was begun before a restart
   const name = member?.group ?? (notice.carried?.group || claimGroup(ctx, instance));
   const known = name ? ctx.state.groups.get(name) : undefined;
   if (!name || !(known || notice.carried)) return foreign(ctx, work, member);
-  if (!member && !begun && !notice.carried) return foreign(ctx, work, member);
   if (known?.broken && !notice.carried) return retry(`group ${name} is left out at the moment: ${known.broken}`, 10);
 
   work.group = name;
   work.options = notice.carried?.options ?? known?.options ?? work.options;
   work.log = ctx.deps.log.with({ group: name, instance, notice: notice.id });
+  work.member = member;
   const row = NOTICES[notice.type];
   if (row?.option && !work.options[row.option]) return skip(`${notice.type}: ${row.option} is off`);
 
+  const [group, old] = await Promise.all([ctx.cloud.group(name), ctx.cloud.instance(instance)]);
+  work.old = old;
+  // A replacement that is itself replaced is protected by us, not by its owner.
+  const ours = ctx.state.claims.get(instance);
+  if (member && !notice.carried)
+    work.oldProtected = ours && !isSettled(ours) ? (group?.protectsNew ?? false) : member.isProtected;
+  const fault = await judge(ctx, work, group);
+  if (fault) return fault;
+
+  if (row?.deadlineSeconds === undefined) return admit(ctx, work, old);
+  const first = work.deadlineMs === undefined;
+  work.deadlineMs ??= deadlineOf(notice.timeMs, work.firstReceivedMs, ctx.deps.now(), row.deadlineSeconds * 1000);
+  if (work.leaseSeconds !== LEASE_SECONDS) {
+    work.leaseSeconds = LEASE_SECONDS;
+    void hold(ctx, work, LEASE_SECONDS);
+  }
+  const left = Math.round((work.deadlineMs - ctx.deps.now()) / 1000);
+  if (first) work.log.info(`${notice.kind} notice: replacing ${instance} within ${left} s`, { type: old?.type, zone: old?.zone });
+  if (old?.spot) remember(ctx, "spot", old.type, old.zone, RECLAIMED_MS, "reclaimed");
+  return done;
+}
+
+/** The table of states: why nothing is (or not yet) to be launched for this member. */
+async function judge(ctx: Ctx, work: Work, group: Group | undefined): Promise<Result | undefined> {
+  const { member, old, group: name } = work;
   const verdict = member ? judgeState(member.lifecycleState) : "leaving";
   if (verdict === "later") return retry(`still ${member?.lifecycleState}`, 5);
   if (verdict === "not in service") return skip(`not in service but ${member?.lifecycleState}: nothing to replace`, "info");
-  if (verdict === "leaving" && !begun)
-    return skip(member ? `already leaving (${member.lifecycleState})` : "has left the group", "info");
-
-  const [group, old] = await Promise.all([ctx.cloud.group(name), ctx.cloud.instance(instance)]);
+  if (verdict === "leaving" || isGone(old)) {
+    // What was launched for it is still to be brought to its end.
+    const begun = winner(await claimsOf(ctx, work.instance));
+    if (begun && !isSettled(begun)) return undefined;
+    if (verdict === "leaving") return skip(member ? `already leaving (${member.lifecycleState})` : `has left ${name}`, "info");
+    return skip(`already ${old?.state ?? "gone"}: ${name} substitutes it by itself`, "info");
+  }
   if (!group || group.status) return skip(`group ${name} is being deleted: nothing is launched`, "warn");
   if (group.suspended.has("Launch"))
     return skip(`the Launch process of ${name} is suspended: AWS would refuse the replacement, so none is launched`, "warn");
-  if (isGone(old) && !begun) return skip(`already ${old?.state ?? "gone"}: the group substitutes it by itself`, "info");
-  work.old = old;
-  work.member = member;
-  if (member && !notice.carried) work.oldProtected = member.isProtected;
-
-  if (row?.deadlineSeconds !== undefined) {
-    const first = work.deadlineMs === undefined;
-    work.deadlineMs ??= deadlineOf(notice.timeMs, work.firstReceivedMs, ctx.deps.now(), row.deadlineSeconds * 1000);
-    if (first || work.leaseSeconds !== LEASE_SECONDS) {
-      work.leaseSeconds = LEASE_SECONDS;
-      void hold(ctx, work, LEASE_SECONDS);
-      work.log.info(
-        `${notice.kind} notice: replacing ${instance} within ${Math.round((work.deadlineMs - ctx.deps.now()) / 1000)} s`,
-        { type: old?.type, zone: old?.zone },
-      );
-    }
-    if (old?.spot) remember(ctx, "spot", old.type, old.zone, RECLAIMED_MS, "reclaimed");
-    return done;
-  }
-  return admit(ctx, work, old);
+  return undefined;
 }
 
 const claimGroup = (ctx: Ctx, old: string) =>
@@ -2541,7 +2553,8 @@ export async function managerPass(ctx: Ctx): Promise<boolean> {
   }
   const open = [...state.claims.values()].filter((c) => !isSettled(c));
   await settleClaims(ctx, open);
-  const names = new Set([...state.groups.keys(), ...open.map((c) => c.tags[TAG.group] ?? "")].filter(Boolean));
+  // Of groups that have left the configuration as well: what was raised is put back.
+  const names = new Set([...state.groups.keys(), ...shown.map((c) => c.tags[TAG.group] ?? "")].filter(Boolean));
   const groups = (await Promise.all([...names].map((name) => ctx.cloud.group(name)))).flatMap((g) => g ?? []);
   let raised = false;
   for (const g of groups) raised = (await restoreMaximum(ctx, g, open)) || raised;
@@ -2551,7 +2564,8 @@ export async function managerPass(ctx: Ctx): Promise<boolean> {
 
 function forget(ctx: Ctx, open: Ec2Instance[]): void {
   const alive = new Set(open.map((c) => c.id));
-  for (const map of [ctx.state.outsideSince, ctx.state.actedMs]) for (const id of map.keys()) if (!alive.has(id)) map.delete(id);
+  for (const map of [ctx.state.outsideSince, ctx.state.actedMs])
+    for (const key of map.keys()) if (!alive.has(key.split(" ")[0] ?? "")) map.delete(key);
   for (const [key, untilMs] of ctx.state.failedPools) if (untilMs < ctx.deps.now()) ctx.state.failedPools.delete(key);
 }
 
@@ -2830,18 +2844,10 @@ async function checkPermissions(ctx: Ctx): Promise<void> {
         ctx.deps.log.error(`the role may not do this: ${what}; add the action to it (see conf/spotmax_init.yml)`, {
           error: errorName(error),
         });
+      else if (/^Invalid/.test(errorName(error))) ctx.deps.log.warn(`the launch template cannot launch: ${errorText(error)}`);
       else if (errorName(error) !== "DryRunOperation") ctx.deps.log.debug(`dry run: ${errorText(error)}`);
     }
   };
-  // An ID that cannot exist: the answer tells about the right alone, whatever an endpoint makes of DryRun.
-  const InstanceIds = ["i-00000000000000000"];
-  await ask("ec2:TerminateInstances", (o) => ctx.deps.ec2.send(new TerminateInstancesCommand({ InstanceIds, DryRun: true }), o));
-  await ask("ec2:CreateTags", (o) =>
-    ctx.deps.ec2.send(
-      new CreateTagsCommand({ Resources: InstanceIds, Tags: [{ Key: TAG.detached, Value: "" }], DryRun: true }),
-      o,
-    ),
-  );
   for (const [name, { broken }] of ctx.state.groups) {
     const group = broken ? undefined : await ctx.cloud.group(name);
     if (!group?.template) continue;
@@ -2860,6 +2866,18 @@ async function checkPermissions(ctx: Ctx): Promise<void> {
     });
     if (!pools.length || data.asksForSpot) continue;
     const request = fleetRequest(group, pools, "spot", [{ Key: TAG.group, Value: name }], 1);
+    const [{ template, type, subnet } = { template: group.template, type: undefined, subnet: undefined }] = pools;
+    const one = {
+      LaunchTemplate: fleetTemplate(template),
+      InstanceType: type as _InstanceType | undefined,
+      SubnetId: subnet,
+      MinCount: 1,
+      MaxCount: 1,
+    };
+    const dry = { DryRun: true, TagSpecifications: request.TagSpecifications };
+    await ask(`ec2:RunInstances for ${name}, with iam:PassRole`, (o) =>
+      ctx.deps.ec2.send(new RunInstancesCommand({ ...one, ...dry }), o),
+    );
     await ask(`ec2:CreateFleet for ${name}`, (o) => ctx.deps.ec2.send(new CreateFleetCommand({ ...request, DryRun: true }), o));
   }
 }
@@ -2970,7 +2988,9 @@ function refuseRealAws(config: Config): void {
 export async function run(ctx: Ctx): Promise<void> {
   const { log } = ctx.deps;
   log.info("start instance manager...");
-  const manager = managerLoop(ctx);
+  const look = managerPass(ctx).catch((error: unknown) => log.error(`instance manager: ${errorText(error)}`));
+  ctx.state.firstPass = Promise.race([look, ctx.deps.sleep(5_000)]);
+  const manager = look.then(() => managerLoop(ctx));
   log.info("start interruption handler...");
   log.info("start dettach handler...");
   log.info("start termination handler...");

@@ -127,8 +127,7 @@ export class AutoScaling {
     DescribeAutoScalingInstances: (input: DescribeAutoScalingInstancesType) => {
       const viewMs = this.#world.viewMs();
       const ids = input.InstanceIds;
-      if (ids && ids.length > 50)
-        throw refuse("The number of instance ids that may be passed in is limited to 50");
+      if (ids && ids.length > 50) throw refuse("The number of instance ids that may be passed in is limited to 50");
       const wanted = ids?.length ? new Set(ids) : undefined;
       const found = [...this.groups.values()].flatMap((group) =>
         this.#view(group, viewMs)
@@ -143,8 +142,7 @@ export class AutoScaling {
       const group = this.#group(input.AutoScalingGroupName);
       const ids = idList(input.InstanceIds, MAX_IDS);
       if (group.status) throw pendingDelete(group);
-      if (group.suspended.has("Launch"))
-        throw refuse(`The Launch process of AutoScalingGroup ${group.name} is suspended.`);
+      if (group.suspended.has("Launch")) throw refuse(`The Launch process of AutoScalingGroup ${group.name} is suspended.`);
       const instances = ids.map((id) => this.#attachable(group, id));
       const weights = instances.map((instance) => this.#weightOf(group, instance.type));
       if (group.desired + sum(weights) > group.max) throw sizes(group, "attach", ids.length);
@@ -197,8 +195,7 @@ export class AutoScaling {
         const { Key: key = "", Value: value = "" } = tag;
         if (key.length < 1 || key.length > 128) throw refuse("Tag keys must have 1 to 128 characters");
         if (value.length > 256) throw refuse("Tag values must have at most 256 characters");
-        if (key.toLowerCase().startsWith("aws:"))
-          throw refuse("Tag keys that start with 'aws:' are reserved for internal use");
+        if (key.toLowerCase().startsWith("aws:")) throw refuse("Tag keys that start with 'aws:' are reserved for internal use");
         const group = this.#group(tag.ResourceId);
         return { group, key, value, propagate: tag.PropagateAtLaunch ?? false };
       });
@@ -256,13 +253,9 @@ export class AutoScaling {
       const id = input.InstanceId ?? "";
       const group = this.#groupOf(id);
       const member = group?.members.get(id);
-      if (!group || !member)
-        throw refuse(`Instance Id not found - No managed instance found for instance ID: ${id}`);
+      if (!group || !member) throw refuse(`Instance Id not found - No managed instance found for instance ID: ${id}`);
       if (member.state === "Terminating" || member.state === "Detaching")
-        throw new AwsError(
-          "ScalingActivityInProgress",
-          `Activity ${member.activity?.id} is in progress on instance ${id}.`,
-        );
+        throw new AwsError("ScalingActivityInProgress", `Activity ${member.activity?.id} is in progress on instance ${id}.`);
       const decrement = input.ShouldDecrementDesiredCapacity === true;
       if (decrement && group.desired - member.weight < group.min)
         throw refuse(
@@ -318,6 +311,12 @@ export class AutoScaling {
       const group = this.#group(input.AutoScalingGroupName);
       this.touch(group);
       for (const name of processes(input.ScalingProcesses)) group.suspended.delete(name);
+      // What died while HealthCheck was suspended is found out now.
+      for (const member of group.members.values()) {
+        if (!member.seenDead || !member.healthy) continue;
+        member.seenDead = false;
+        this.instanceChanged(member.instance);
+      }
       this.#poke(group);
       return {};
     },
@@ -406,8 +405,7 @@ export class AutoScaling {
 
   describe(group: Group) {
     const zones = [...new Set(group.subnets.map((subnet) => subnet.zone))];
-    const ownTemplate =
-      group.template ?? group.mixed?.LaunchTemplate?.LaunchTemplateSpecification;
+    const ownTemplate = group.template ?? group.mixed?.LaunchTemplate?.LaunchTemplateSpecification;
     return {
       AutoScalingGroupName: group.name,
       AutoScalingGroupARN: group.arn,
@@ -509,10 +507,8 @@ export class AutoScaling {
   #attachable(group: Group, id: string): Instance {
     const instance = this.#world.ec2.instances.get(id);
     if (!instance) throw refuse(`Invalid Instance ID(s): [${id}]. The instance does not exist.`);
-    if (instance.group !== undefined)
-      throw refuse(`Instance ${id} is already part of AutoScalingGroup:${instance.group}`);
-    if (instance.state !== "running")
-      throw refuse(`The instance ${id} is not in the running state. It is ${instance.state}.`);
+    if (instance.group !== undefined) throw refuse(`Instance ${id} is already part of AutoScalingGroup:${instance.group}`);
+    if (instance.state !== "running") throw refuse(`The instance ${id} is not in the running state. It is ${instance.state}.`);
     if (this.#world.ec2.missingImages.has(instance.imageId))
       throw refuse(`The AMI ${instance.imageId} of instance ${id} does not exist.`);
     if (!group.subnets.some((subnet) => subnet.zone === instance.zone))
@@ -614,9 +610,7 @@ export class AutoScaling {
     const end = () => {
       this.#world.ec2.terminate(instance, "Client.UserInitiatedShutdown: User initiated shutdown", true);
       if (instance.state === "terminated")
-        this.#world.after(this.#world.random.between(this.#world.delays.detachMs), () =>
-          this.#leave(group, member, "left"),
-        );
+        this.#world.after(this.#world.random.between(this.#world.delays.detachMs), () => this.#leave(group, member, "left"));
     };
     const drains = group.targetGroupArns.length > 0 && instance.state === "running";
     if (drains) this.#world.after(this.#world.delays.drainMs, end);
@@ -844,9 +838,7 @@ export class AutoScaling {
       return [{ type: data.InstanceType ?? "m1.small", weight: 1, data }];
     }
     return overrides.flatMap((override) => {
-      const own = override.LaunchTemplateSpecification
-        ? this.#dataOf(override.LaunchTemplateSpecification)
-        : data;
+      const own = override.LaunchTemplateSpecification ? this.#dataOf(override.LaunchTemplateSpecification) : data;
       const weight = Number(override.WeightedCapacity ?? 1);
       if (override.InstanceType) return [{ type: override.InstanceType, weight, data: own }];
       const requirements = override.InstanceRequirements as InstanceRequirementsRequest | undefined;
@@ -968,6 +960,7 @@ export class AutoScaling {
         imageId: choice.data.ImageId ?? "",
         tags: mergeTags(choice.data.TagSpecifications, undefined, "instance"),
         atOnce: true,
+        ageMs: 1000 * (spec.ageSeconds ?? 86_400),
       });
       this.#join(group, instance, choice.weight, true).state = "InService";
       for (const arn of group.targetGroupArns) elbv2.register(arn, instance.id, true);
@@ -1025,8 +1018,7 @@ export class AutoScaling {
           throw refuse("The availability zones of the specified subnets and the Auto Scaling group do not match");
         return subnet;
       });
-    if (!zones?.length)
-      throw refuse("At least one Availability Zone or VPC Subnet is required.");
+    if (!zones?.length) throw refuse("At least one Availability Zone or VPC Subnet is required.");
     return zones.map((zone) => this.#world.ec2.subnetIn(zone));
   }
 
@@ -1134,7 +1126,9 @@ function memberOf(group: Group, id: string): Member {
 
 function idList(ids: string[] | undefined, most: number): string[] {
   if (!ids || ids.length === 0)
-    throw refuse("1 validation error detected: Value null at 'instanceIds' failed to satisfy constraint: Member must not be null");
+    throw refuse(
+      "1 validation error detected: Value null at 'instanceIds' failed to satisfy constraint: Member must not be null",
+    );
   if (ids.length > most)
     throw refuse(
       `1 validation error detected: Value '[${ids.join(", ")}]' at 'instanceIds' failed to satisfy constraint: Member must have length less than or equal to ${most}`,

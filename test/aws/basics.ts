@@ -110,9 +110,7 @@ interface OperationSchema {
 /** The schema of an operation of the SDK's, undefined where AWS has none of that name. */
 export function operationSchema(service: Service, operation: string): OperationSchema | undefined {
   const found: unknown = Reflect.get(packages[service], `${operation}$`);
-  return Array.isArray(found) && found[0] === Kind.operation
-    ? { input: found[4], output: found[5] }
-    : undefined;
+  return Array.isArray(found) && found[0] === Kind.operation ? { input: found[4], output: found[5] } : undefined;
 }
 
 /** A copy of `value` with undefined members left out; what the schema does not know is reported by `fault`. */
@@ -166,12 +164,7 @@ export function parse(schema: unknown, value: unknown, path: string, fault: (fau
 const LIST_OF = 64;
 const MAP_OF = 128;
 
-function parseNumbered(
-  schema: number,
-  value: unknown,
-  path: string,
-  fault: (fault: Fault) => void,
-): unknown {
+function parseNumbered(schema: number, value: unknown, path: string, fault: (fault: Fault) => void): unknown {
   const wrong = (expected: string): unknown => {
     fault({ kind: "type", path, value, expected });
     return value;
@@ -179,10 +172,7 @@ function parseNumbered(
   if (schema & MAP_OF) {
     if (!isPlain(value)) return wrong("map");
     return Object.fromEntries(
-      Object.entries(value).map(([key, item]) => [
-        key,
-        parseNumbered(schema & ~MAP_OF, item, `${path}.${key}`, fault),
-      ]),
+      Object.entries(value).map(([key, item]) => [key, parseNumbered(schema & ~MAP_OF, item, `${path}.${key}`, fault)]),
     );
   }
   if (schema & LIST_OF) {
@@ -192,8 +182,7 @@ function parseNumbered(
   if (schema === 0) return typeof value === "string" ? value : wrong("string");
   if (schema === 1) return typeof value === "number" && Number.isFinite(value) ? value : wrong("number");
   if (schema === 2) return typeof value === "boolean" ? value : wrong("boolean");
-  if (schema >= 4 && schema <= 7)
-    return value instanceof Date && !Number.isNaN(value.getTime()) ? value : wrong("timestamp");
+  if (schema >= 4 && schema <= 7) return value instanceof Date && !Number.isNaN(value.getTime()) ? value : wrong("timestamp");
   return value; // blobs and documents
 }
 
@@ -216,8 +205,7 @@ export function faultError(service: Service, fault: Fault): AwsError {
     // The real service ignores what it does not know; a typing error would go unseen for ever.
     return new AwsError("ValidationError", `The parameter ${path} is not recognized`);
   }
-  if (fault.kind === "missing")
-    return new AwsError("MissingParameter", `The request must contain the parameter ${path}`);
+  if (fault.kind === "missing") return new AwsError("MissingParameter", `The request must contain the parameter ${path}`);
   if (fault.kind === "type")
     return new AwsError(
       "InvalidParameterValue",

@@ -129,9 +129,9 @@ export class VirtualClock implements Clock {
   /** Lets `ms` pass; everything due within it runs, in order. */
   async advance(ms: number): Promise<void> {
     const endMs = this.#nowMs + ms;
-    while (await this.#step(endMs));
-    this.#nowMs = endMs;
     await settle();
+    while (this.#fireNext(endMs)) await settle();
+    this.#nowMs = endMs;
   }
 
   /** Lets time pass until `done()`. Throws when `limitMs` pass without it, or nothing is left that could happen. */
@@ -139,19 +139,16 @@ export class VirtualClock implements Clock {
     const endMs = this.#nowMs + limitMs;
     await settle();
     while (!done()) {
-      if (await this.#step(endMs)) continue;
-      if (done()) return;
-      throw new Error(
-        this.#timers.size === 0
-          ? "runUntil: nothing is left that could happen"
-          : `runUntil: not done after ${limitMs} ms`,
-      );
+      if (!this.#fireNext(endMs))
+        throw new Error(
+          this.#timers.size === 0 ? "runUntil: nothing is left that could happen" : `runUntil: not done after ${limitMs} ms`,
+        );
+      await settle();
     }
   }
 
-  /** Fires the next timer if it is due by `endMs`, after all that can run without time passing has run. */
-  async #step(endMs: number): Promise<boolean> {
-    await settle();
+  /** Fires the next timer if it is due by `endMs`. */
+  #fireNext(endMs: number): boolean {
     for (;;) {
       const next = this.#timers.peek();
       if (!next || next.atMs > endMs) return false;

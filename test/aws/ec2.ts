@@ -20,7 +20,7 @@ import type {
 } from "@aws-sdk/client-ec2";
 import { AwsError, page, wildcard } from "./basics.ts";
 import { INSTANCE_TYPES, type InstanceTypeFacts } from "./catalogue.ts";
-import { isoSeconds, type Handlers, type World } from "./world.ts";
+import { type Handlers, isoSeconds, type World } from "./world.ts";
 
 export type Lifecycle = "spot" | "on-demand";
 export type StateName = "pending" | "running" | "shutting-down" | "terminated" | "stopping" | "stopped";
@@ -101,6 +101,8 @@ export interface LaunchSpec {
   reservationId?: string;
   /** Running from the start, and taken from no pool: the past of a scenario. */
   atOnce?: boolean;
+  /** How long ago the launch was; only with `atOnce`. */
+  ageMs?: number;
 }
 
 interface Remembered {
@@ -162,10 +164,7 @@ export class Ec2 {
       for (const resource of resources) {
         const own = [...resource.tags.keys()].filter((key) => !key.startsWith("aws:"));
         if (new Set([...own, ...tags.map(([key]) => key)]).size > 50)
-          throw new AwsError(
-            "TagLimitExceeded",
-            `The maximum number of Tags for resource ${resource.id} has been reached.`,
-          );
+          throw new AwsError("TagLimitExceeded", `The maximum number of Tags for resource ${resource.id} has been reached.`);
       }
       dryRun(input.DryRun);
       for (const resource of resources) {
@@ -291,10 +290,7 @@ export class Ec2 {
       const asked: string[] = input.InstanceTypes ?? [];
       const unknown = asked.filter((type) => !INSTANCE_TYPES.has(type));
       if (unknown.length > 0)
-        throw new AwsError(
-          "InvalidInstanceType",
-          `The following supplied instance types do not exist: [${unknown.join(", ")}]`,
-        );
+        throw new AwsError("InvalidInstanceType", `The following supplied instance types do not exist: [${unknown.join(", ")}]`);
       if (asked.length > 0 && input.MaxResults !== undefined) throw notTogether("instanceTypes", "maxResults");
       const found = [...INSTANCE_TYPES].filter(([type]) => asked.length === 0 || asked.includes(type));
       const { items, next } = page(found, maxResults(input.MaxResults, 100) ?? 100, input.NextToken, badToken);
@@ -316,9 +312,7 @@ export class Ec2 {
     GetInstanceTypesFromInstanceRequirements: (input: GetInstanceTypesFromInstanceRequirementsRequest) => {
       dryRun(input.DryRun);
       const architectures: string[] = input.ArchitectureTypes ?? [];
-      const types = matchingTypes(input.InstanceRequirements).filter(([, facts]) =>
-        architectures.includes(facts.architecture),
-      );
+      const types = matchingTypes(input.InstanceRequirements).filter(([, facts]) => architectures.includes(facts.architecture));
       const size = input.MaxResults ?? 1000;
       const { items, next } = page(types, size, input.NextToken, badToken);
       return { InstanceTypes: items.map(([InstanceType]) => ({ InstanceType })), NextToken: next };
@@ -340,8 +334,7 @@ export class Ec2 {
 
   /** The subnet of a zone, made if absent; one VPC holds them all. */
   subnetIn(zone: string): Subnet {
-    for (const subnet of this.subnets.values())
-      if (subnet.zone === zone && subnet.vpcId === this.#vpcId) return subnet;
+    for (const subnet of this.subnets.values()) if (subnet.zone === zone && subnet.vpcId === this.#vpcId) return subnet;
     return this.createSubnet(zone, this.#vpcId);
   }
 
@@ -365,10 +358,7 @@ export class Ec2 {
   /** Throws as AWS does for a template that is unknown, or named twice. */
   template(id: string | undefined, name: string | undefined): LaunchTemplate {
     if (id !== undefined && name !== undefined)
-      throw new AwsError(
-        "InvalidParameterCombination",
-        "Only one of LaunchTemplateId and LaunchTemplateName may be specified.",
-      );
+      throw new AwsError("InvalidParameterCombination", "Only one of LaunchTemplateId and LaunchTemplateName may be specified.");
     if (id !== undefined) {
       if (!/^lt-[0-9a-f]{17}$/.test(id))
         throw new AwsError("InvalidLaunchTemplateId.Malformed", `Invalid launch template ID '${id}'`);
@@ -389,12 +379,7 @@ export class Ec2 {
   }
 
   version(template: LaunchTemplate, text: string): { number: number; data: ResponseLaunchTemplateData } {
-    const number =
-      text === "$Default"
-        ? template.defaultVersion
-        : text === "$Latest"
-          ? template.versions.length
-          : Number(text);
+    const number = text === "$Default" ? template.defaultVersion : text === "$Latest" ? template.versions.length : Number(text);
     if (!/^(\$Default|\$Latest|\d+)$/.test(text)) throw invalidValue(text, "version");
     const found = template.versions[number - 1];
     if (!found)
@@ -439,7 +424,7 @@ export class Ec2 {
       imageId: spec.imageId,
       privateIp,
       privateDns: `ip-${privateIp.replaceAll(".", "-")}.${domain}`,
-      launchedAtMs: world.now(),
+      launchedAtMs: world.now() - (spec.ageMs ?? 0),
       terminatedAtMs: undefined,
       group: undefined,
       reservationId: spec.reservationId ?? `r-0${world.random.hex(16)}`,
@@ -548,9 +533,7 @@ export class Ec2 {
     while (this.#addresses % 256 === 0 || this.#addresses % 256 === 255);
     if (this.#addresses >= 2 ** (32 - Number(bits))) throw new Error(`no addresses are left in ${this.#world.cidr}`);
     const address = start + this.#addresses;
-    return [address / 2 ** 24, address / 2 ** 16, address / 2 ** 8, address]
-      .map((part) => Math.floor(part) % 256)
-      .join(".");
+    return [address / 2 ** 24, address / 2 ** 16, address / 2 ** 8, address].map((part) => Math.floor(part) % 256).join(".");
   }
 
   #subnet(id: string): Subnet {
@@ -565,15 +548,13 @@ export class Ec2 {
   view(instance: Instance, viewMs: number): Visible | undefined {
     if (instance.launchedAtMs > viewMs) return undefined;
     const { terminatedAtMs } = instance;
-    if (terminatedAtMs !== undefined && viewMs >= terminatedAtMs + this.#world.delays.terminatedVisibleMs)
-      return undefined;
+    if (terminatedAtMs !== undefined && viewMs >= terminatedAtMs + this.#world.delays.terminatedVisibleMs) return undefined;
     return instance.past.find((past) => past.untilMs > viewMs) ?? instance;
   }
 
   /** The instances of these IDs, or AWS's refusal of the whole call. */
   #known(ids: string[], viewMs: number): Instance[] {
-    for (const id of ids)
-      if (!INSTANCE_ID.test(id)) throw new AwsError("InvalidInstanceID.Malformed", `Invalid id: "${id}"`);
+    for (const id of ids) if (!INSTANCE_ID.test(id)) throw new AwsError("InvalidInstanceID.Malformed", `Invalid id: "${id}"`);
     const found: Instance[] = [];
     const absent: string[] = [];
     for (const id of ids) {
@@ -726,10 +707,7 @@ export class Ec2 {
       );
     const { LaunchTemplate: named } = input;
     const data = named
-      ? this.version(
-          this.template(named.LaunchTemplateId, named.LaunchTemplateName),
-          named.Version ?? "$Default",
-        ).data
+      ? this.version(this.template(named.LaunchTemplateId, named.LaunchTemplateName), named.Version ?? "$Default").data
       : {};
     const type = input.InstanceType ?? data.InstanceType ?? "m1.small";
     checkType(type);
@@ -760,11 +738,7 @@ export class Ec2 {
       if (refusal) throw refusal;
       const count = Math.min(most, pool.capacity, subnet.freeAddresses);
       if (count < least)
-        throw new AwsError(
-          "InsufficientInstanceCapacity",
-          MESSAGES.InsufficientInstanceCapacity?.(pool) ?? "",
-          500,
-        );
+        throw new AwsError("InsufficientInstanceCapacity", MESSAGES.InsufficientInstanceCapacity?.(pool) ?? "", 500);
       const reservationId = `r-0${this.#world.random.hex(16)}`;
       const instances = Array.from({ length: count }, () =>
         this.launch({
@@ -803,8 +777,7 @@ export class Ec2 {
 
   /** Checks a fleet request as a whole; what only concerns one override becomes an entry of Errors later. */
   #planFleet(input: CreateFleetRequest): FleetPlan {
-    if (input.Type !== "instant")
-      throw new AwsError("UnsupportedOperation", "The simulator knows fleets of type instant only");
+    if (input.Type !== "instant") throw new AwsError("UnsupportedOperation", "The simulator knows fleets of type instant only");
     const target = input.TargetCapacitySpecification;
     const total = target?.TotalTargetCapacity ?? 0;
     if (!Number.isInteger(total) || total < 1) throw invalidValue(total, "TotalTargetCapacity");
@@ -825,8 +798,7 @@ export class Ec2 {
     const onDemandStrategy = input.OnDemandOptions?.AllocationStrategy ?? "lowest-price";
     if (!(spotStrategy in SPOT_ORDERS) && spotStrategy !== "diversified")
       throw invalidValue(spotStrategy, "SpotOptions.AllocationStrategy");
-    if (!(onDemandStrategy in ON_DEMAND_ORDERS))
-      throw invalidValue(onDemandStrategy, "OnDemandOptions.AllocationStrategy");
+    if (!(onDemandStrategy in ON_DEMAND_ORDERS)) throw invalidValue(onDemandStrategy, "OnDemandOptions.AllocationStrategy");
     if (
       input.SpotOptions?.MinTargetCapacity !== undefined &&
       !input.SpotOptions.SingleInstanceType &&
@@ -926,15 +898,9 @@ export class Ec2 {
     const id = override.SubnetId ?? own;
     if (id === undefined) return this.subnetIn(zone ?? this.#anyZone());
     if (id.includes(","))
-      throw new AwsError(
-        "InvalidParameterValue",
-        "For fleets of type instant, an override can name one SubnetId only.",
-      );
+      throw new AwsError("InvalidParameterValue", "For fleets of type instant, an override can name one SubnetId only.");
     if (zone !== undefined && override.SubnetId !== undefined)
-      throw new AwsError(
-        "InvalidParameterCombination",
-        "SubnetId and AvailabilityZone cannot be specified in one override.",
-      );
+      throw new AwsError("InvalidParameterCombination", "SubnetId and AvailabilityZone cannot be specified in one override.");
     return this.#subnet(id);
   }
 
@@ -973,15 +939,10 @@ export class Ec2 {
           failed.push({
             option,
             lifecycle,
-            error: new AwsError(
-              "InsufficientInstanceCapacity",
-              MESSAGES.InsufficientInstanceCapacity?.(pool) ?? "",
-              500,
-            ),
+            error: new AwsError("InsufficientInstanceCapacity", MESSAGES.InsufficientInstanceCapacity?.(pool) ?? "", 500),
           });
         if (single?.SingleInstanceType) options = options.filter((one) => one.type === option.type);
-        if (single?.SingleAvailabilityZone)
-          options = options.filter((one) => one.subnet.zone === option.subnet.zone);
+        if (single?.SingleAvailabilityZone) options = options.filter((one) => one.subnet.zone === option.subnet.zone);
       }
       const least = single?.MinTargetCapacity ?? 0;
       if (units - missingUnits < least) return;
@@ -1042,8 +1003,7 @@ export class Ec2 {
 
   /** The order in which a strategy tries the pools; ties go by price, then by place in the request. */
   #ordered(options: FleetOption[], lifecycle: Lifecycle, strategy: string): FleetOption[] {
-    const keys =
-      (lifecycle === "spot" ? SPOT_ORDERS : ON_DEMAND_ORDERS)[strategy] ?? SPOT_ORDERS["lowest-price"] ?? [];
+    const keys = (lifecycle === "spot" ? SPOT_ORDERS : ON_DEMAND_ORDERS)[strategy] ?? SPOT_ORDERS["lowest-price"] ?? [];
     const facts = new Map(
       options.map((option) => {
         const pool = this.pool(lifecycle, option.type, option.subnet.zone);
@@ -1111,10 +1071,7 @@ function invalidValue(value: unknown, parameter: string): AwsError {
 }
 
 function notTogether(one: string, other: string): AwsError {
-  return new AwsError(
-    "InvalidParameterCombination",
-    `The parameter ${one} cannot be used with the parameter ${other}`,
-  );
+  return new AwsError("InvalidParameterCombination", `The parameter ${one} cannot be used with the parameter ${other}`);
 }
 
 const badToken = () => new AwsError("InvalidParameterValue", "Unable to parse pagination token");
@@ -1135,20 +1092,15 @@ function maxResults(value: number | undefined, most = 1000): number | undefined 
 }
 
 function dryRun(asked: boolean | undefined): void {
-  if (asked)
-    throw new AwsError("DryRunOperation", "Request would have succeeded, but DryRun flag is set.", 412);
+  if (asked) throw new AwsError("DryRunOperation", "Request would have succeeded, but DryRun flag is set.", 412);
 }
 
 function checkType(type: string): void {
-  if (!INSTANCE_TYPES.has(type))
-    throw new AwsError("InvalidParameterValue", `Invalid value '${type}' for InstanceType.`);
+  if (!INSTANCE_TYPES.has(type)) throw new AwsError("InvalidParameterValue", `Invalid value '${type}' for InstanceType.`);
 }
 
 function reservedKey(key: string): AwsError {
-  return new AwsError(
-    "InvalidParameterValue",
-    `Tag keys starting with 'aws:' are reserved for internal use: ${key}`,
-  );
+  return new AwsError("InvalidParameterValue", `Tag keys starting with 'aws:' are reserved for internal use: ${key}`);
 }
 
 /** The tags as pairs; throws where AWS refuses them. */
@@ -1157,10 +1109,8 @@ export function checkTags(tags: Tag[] | undefined): [string, string][] {
   for (const { Key: key, Value: value = "" } of tags ?? []) {
     if (!key) throw new AwsError("InvalidParameterValue", "Tag keys cannot be empty.");
     if (key.toLowerCase().startsWith("aws:")) throw reservedKey(key);
-    if (key.length > 128)
-      throw new AwsError("InvalidParameterValue", "Tag key exceeds the maximum length of 128 characters");
-    if (value.length > 256)
-      throw new AwsError("InvalidParameterValue", "Tag value exceeds the maximum length of 256 characters");
+    if (key.length > 128) throw new AwsError("InvalidParameterValue", "Tag key exceeds the maximum length of 128 characters");
+    if (value.length > 256) throw new AwsError("InvalidParameterValue", "Tag value exceeds the maximum length of 256 characters");
     if (seen.has(key)) throw new AwsError("InvalidParameterValue", `Duplicate tag key '${key}' specified.`);
     seen.set(key, value);
   }
@@ -1210,22 +1160,15 @@ function filter<T>(
 ): (item: T) => boolean {
   const rules = (filters ?? []).map(({ Name: name = "", Values: values = [] }) => {
     const key = name.slice("tag:".length);
-    const fact =
-      tagsOf && name.startsWith("tag:") && key !== "" ? (item: T) => tagsOf(item).get(key) ?? [] : facts[name];
+    const fact = tagsOf && name.startsWith("tag:") && key !== "" ? (item: T) => tagsOf(item).get(key) ?? [] : facts[name];
     if (!fact) throw new AwsError("InvalidParameterValue", `The filter '${name}' is invalid`);
-    if (values.length === 0)
-      throw new AwsError("InvalidParameterValue", `The filter '${name}' must have at least one value`);
+    if (values.length === 0) throw new AwsError("InvalidParameterValue", `The filter '${name}' must have at least one value`);
     if (values.length > 200)
-      throw new AwsError(
-        "FilterLimitExceeded",
-        "The maximum number of filter values specified on a single call is 200",
-      );
+      throw new AwsError("FilterLimitExceeded", "The maximum number of filter values specified on a single call is 200");
     return { fact, matchers: values.map(wildcard) };
   });
   return (item) =>
-    rules.every(({ fact, matchers }) =>
-      [fact(item)].flat().some((text) => matchers.some((matches) => matches(text))),
-    );
+    rules.every(({ fact, matchers }) => [fact(item)].flat().some((text) => matchers.some((matches) => matches(text))));
 }
 
 const KNOWN_REQUIREMENTS = new Set([

@@ -136,8 +136,7 @@ export class Elbv2 {
   }
 
   #health(group: TargetGroup, id: string): { State: string; Reason?: string; Description?: string } {
-    if (!/^i-[0-9a-f]{8,17}$/.test(id))
-      throw new AwsError("ValidationError", `Instance ID '${id}' is not valid`);
+    if (!/^i-[0-9a-f]{8,17}$/.test(id)) throw new AwsError("ValidationError", `Instance ID '${id}' is not valid`);
     const target = group.targets.get(id);
     if (target) return { State: target.state, ...REASONS[target.state] };
     return {
@@ -158,8 +157,7 @@ export class Elbv2 {
 
 function pageSize(size: number | undefined): number {
   if (size === undefined) return 400;
-  if (size < 1 || size > 400)
-    throw new AwsError("ValidationError", "The page size must be between 1 and 400");
+  if (size < 1 || size > 400) throw new AwsError("ValidationError", "The page size must be between 1 and 400");
   return size;
 }
 

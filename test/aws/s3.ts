@@ -39,11 +39,7 @@ export class S3 {
       if (!object) throw new AwsError("NoSuchKey", "The specified key does not exist.", 404);
       if (input.IfNoneMatch === object.etag) throw new AwsError("304", "UnknownError", 304);
       if (input.IfMatch !== undefined && input.IfMatch !== object.etag)
-        throw new AwsError(
-          "PreconditionFailed",
-          "At least one of the pre-conditions you specified did not hold",
-          412,
-        );
+        throw new AwsError("PreconditionFailed", "At least one of the pre-conditions you specified did not hold", 412);
       const bytes = new TextEncoder().encode(object.body);
       return {
         Body: {

@@ -132,8 +132,7 @@ export class Sqs {
     },
 
     GetQueueUrl: (input: GetQueueUrlRequest) => {
-      for (const queue of this.queues.values())
-        if (queue.name === input.QueueName) return { QueueUrl: queue.url };
+      for (const queue of this.queues.values()) if (queue.name === input.QueueName) return { QueueUrl: queue.url };
       throw nonExistent();
     },
 
@@ -203,8 +202,7 @@ export class Sqs {
       });
     },
 
-    ReceiveMessage: (input: ReceiveMessageRequest, { signal }: { signal?: AbortSignal }) =>
-      this.#receive(input, signal),
+    ReceiveMessage: (input: ReceiveMessageRequest, { signal }: { signal?: AbortSignal }) => this.#receive(input, signal),
 
     DeleteMessage: (input: DeleteMessageRequest) => {
       this.#delete(this.#queue(input.QueueUrl), input.ReceiptHandle ?? "");
@@ -361,8 +359,7 @@ export class Sqs {
     checkVisibility(visibilitySeconds);
     const wanted: string[] = [...(input.MessageSystemAttributeNames ?? []), ...(input.AttributeNames ?? [])];
     for (const name of wanted)
-      if (!SYSTEM_ATTRIBUTES.has(name))
-        throw new AwsError("InvalidAttributeName", `Unknown Attribute ${name}.`);
+      if (!SYSTEM_ATTRIBUTES.has(name)) throw new AwsError("InvalidAttributeName", `Unknown Attribute ${name}.`);
 
     const endMs = this.#world.now() + 1000 * waitSeconds;
     for (;;) {
@@ -404,14 +401,10 @@ export class Sqs {
     if (ready.length === 0) return [];
     if (this.#inFlight(queue) >= this.maxInFlight) {
       queue.ready = ready;
-      throw new AwsError(
-        "OverLimit",
-        `The queue ${queue.name} has too many messages in flight (account ${account})`,
-        403,
-      );
+      throw new AwsError("OverLimit", `The queue ${queue.name} has too many messages in flight (account ${account})`, 403);
     }
     if (random.chance(reorder)) shuffle(ready, () => random.next());
-    const limit = random.chance(partialReceives) ? random.between([1, max]) : max;
+    const limit = random.chance(partialReceives) ? random.between([1, Math.max(1, Math.min(max, ready.length) - 1)]) : max;
     const taken: Message[] = [];
     for (const message of ready) {
       if (taken.length >= limit) {
@@ -513,19 +506,11 @@ export class Sqs {
 // --- Rules of single requests --------------------------------------------------------------------------------------
 
 function nonExistent(): AwsError {
-  return new AwsError(
-    "QueueDoesNotExist",
-    "The specified queue does not exist.",
-    400,
-    "AWS.SimpleQueueService.NonExistentQueue",
-  );
+  return new AwsError("QueueDoesNotExist", "The specified queue does not exist.", 400, "AWS.SimpleQueueService.NonExistentQueue");
 }
 
 function invalid(value: unknown, parameter: string, reason: string): AwsError {
-  return new AwsError(
-    "InvalidParameterValue",
-    `Value ${String(value)} for parameter ${parameter} is invalid. Reason: ${reason}`,
-  );
+  return new AwsError("InvalidParameterValue", `Value ${String(value)} for parameter ${parameter} is invalid. Reason: ${reason}`);
 }
 
 function checkAttribute(key: string, value: string): void {
@@ -566,8 +551,7 @@ function sizeOf(entry: Sendable): number {
 /** The body; throws where SendMessage is refused. */
 function checkMessage(entry: Sendable): string {
   const body = entry.MessageBody ?? "";
-  if (body.length === 0)
-    throw new AwsError("MissingParameter", "The request must contain the parameter MessageBody.");
+  if (body.length === 0) throw new AwsError("MissingParameter", "The request must contain the parameter MessageBody.");
   if (!/^[\t\n\r\u0020-\ud7ff\ue000-\ufffd\u{10000}-\u{10ffff}]*$/u.test(body))
     throw new AwsError(
       "InvalidMessageContents",

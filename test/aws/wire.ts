@@ -117,9 +117,7 @@ function queryCode(error: Schema): string | undefined {
 export function decode(request: WireRequest): WireCall {
   const url = new URL(request.url);
   const target = request.headers.get("x-amz-target");
-  const scope = /Credential=[^/]+\/[^/]*\/[^/]*\/([^/]+)\/aws4_request/.exec(
-    request.headers.get("authorization") ?? "",
-  )?.[1];
+  const scope = /Credential=[^/]+\/[^/]*\/[^/]*\/([^/]+)\/aws4_request/.exec(request.headers.get("authorization") ?? "")?.[1];
   if (scope !== undefined && !scopes[scope])
     throw refusal("autoscaling", "InvalidAction", `The simulator has no service "${scope}"`);
   if (scope === "sqs" || target?.startsWith("AmazonSQS.")) return decodeJson(request, target);
@@ -156,8 +154,7 @@ function textOf(bytes: Uint8Array): string {
 
 /** A scalar from text, in a form parameter or a header. Undefined: the text is not one of its type. */
 function readText(schema: Schema, text: string): unknown {
-  if (schema.isNumericSchema())
-    return /^[-+]?\d+(\.\d+)?([eE][-+]?\d+)?$/.test(text) ? Number(text) : undefined;
+  if (schema.isNumericSchema()) return /^[-+]?\d+(\.\d+)?([eE][-+]?\d+)?$/.test(text) ? Number(text) : undefined;
   if (schema.isBooleanSchema()) return /^true$/i.test(text) || (/^false$/i.test(text) ? false : undefined);
   if (schema.isBlobSchema()) return bytesFromBase64(text);
   if (schema.isTimestampSchema()) {
@@ -236,10 +233,7 @@ function readMembers(
   for (const [name, schema] of members) {
     const traits = schema.getMergedTraits();
     const xmlName = traits.xmlName ?? name;
-    const key =
-      service === "ec2"
-        ? String(traits.ec2QueryName ?? xmlName.charAt(0).toUpperCase() + xmlName.slice(1))
-        : xmlName;
+    const key = service === "ec2" ? String(traits.ec2QueryName ?? xmlName.charAt(0).toUpperCase() + xmlName.slice(1)) : xmlName;
     const child = unread.get(key);
     if (!child) continue;
     unread.delete(key);
@@ -274,12 +268,11 @@ function readList(service: Query, schema: Schema, parameter: Parameter, path: st
   if (items.children.size === 0 && parameter.text) throw malformed(service, schema, path, parameter.text);
   return [...items.children.entries()]
     .sort(([a], [b]) => Number(a) - Number(b))
-    .map(([index, item]) =>
-      readParameter(service, member, item, `${path}.${flat ? "" : `${name}.`}${index}`),
-    );
+    .map(([index, item]) => readParameter(service, member, item, `${path}.${flat ? "" : `${name}.`}${index}`));
 }
 
 // --- JSON requests ---------------------------------------------------------------------------------------------
+// Queues have no timestamps, so neither has this format here.
 
 function decodeJson(request: WireRequest, target: string | null): WireCall {
   const name = target?.replace(/^AmazonSQS\./, "") ?? "";
@@ -324,7 +317,6 @@ function readJson(schema: Schema, value: unknown, path: string): unknown {
     }
     return read;
   }
-  if (schema.isTimestampSchema() && typeof value === "number") return new Date(value * 1000);
   if (schema.isBlobSchema() && typeof value === "string") {
     const bytes = bytesFromBase64(value);
     if (bytes) return bytes;
@@ -346,7 +338,6 @@ function decodeRest(request: WireRequest, url: URL): WireCall {
     const [method, pattern] = operation.http ?? ["", ""];
     const [path, query = ""] = pattern.split("?");
     if (method !== request.method || path !== (key === "" ? "/" : "/{Key+}")) continue;
-    if (xId !== null && xId !== operation.name && query.includes("x-id=")) continue;
     const literals = [...new URLSearchParams(query)].filter(([name]) => name !== "x-id");
     if (!literals.every(([name, value]) => url.searchParams.get(name) === value)) continue;
     const required = requiredOf(operation.input);
@@ -355,13 +346,7 @@ function decodeRest(request: WireRequest, url: URL): WireCall {
     const score = literals.length + required.length + (xId === operation.name ? 100 : 0);
     if (!best || score > best.score) best = { operation, score };
   }
-  if (!best)
-    throw refusal(
-      "s3",
-      "MethodNotAllowed",
-      "The specified method is not allowed against this resource.",
-      405,
-    );
+  if (!best) throw refusal("s3", "MethodNotAllowed", "The specified method is not allowed against this resource.", 405);
   const { name, input } = best.operation;
   const members = input.isUnitSchema() ? [] : input.structIterator();
   return { service: "s3", operation: name, input: readBindings(members, request, url, bucket, key) };
@@ -403,12 +388,9 @@ function readBindings(
     else if (httpPrefixHeaders !== undefined) {
       const found = [...request.headers].filter(([header]) => header.startsWith(httpPrefixHeaders));
       if (found.length === 0) continue;
-      input[name] = Object.fromEntries(
-        found.map(([header, text]) => [header.slice(httpPrefixHeaders.length), text]),
-      );
+      input[name] = Object.fromEntries(found.map(([header, text]) => [header.slice(httpPrefixHeaders.length), text]));
     } else {
-      const text =
-        httpQuery !== undefined ? url.searchParams.get(httpQuery) : request.headers.get(httpHeader ?? "-");
+      const text = httpQuery !== undefined ? url.searchParams.get(httpQuery) : request.headers.get(httpHeader ?? "-");
       if (text === null) continue;
       const read = (item: Schema, part: string) => {
         const value = readText(item, part);
@@ -431,8 +413,7 @@ function payload(request: WireRequest): Uint8Array {
   for (let at = 0; at < request.body.length; ) {
     const end = request.body.indexOf(10, at);
     const size = Number.parseInt(textOf(request.body.subarray(at, end)), 16);
-    if (end < 0 || Number.isNaN(size))
-      throw refusal("s3", "IncompleteBody", "The chunked body is malformed.");
+    if (end < 0 || Number.isNaN(size)) throw refusal("s3", "IncompleteBody", "The chunked body is malformed.");
     if (size === 0) break;
     parts.push(request.body.subarray(end + 1, end + 1 + size));
     at = end + 1 + size + 2; // the chunk's own CR LF
@@ -632,8 +613,7 @@ function writeJson(schema: Schema, value: unknown, path: string): unknown {
     return listOf(value, path).map((item, i) => writeJson(member, item, `${path}.${i + 1}`));
   }
   if (schema.isMapSchema()) {
-    if (typeof value !== "object" || value === null)
-      throw new TypeError(`${path} is not a map: ${String(value)}`);
+    if (typeof value !== "object" || value === null) throw new TypeError(`${path} is not a map: ${String(value)}`);
     const member = schema.getValueSchema();
     return Object.fromEntries(
       Object.entries(value)
@@ -648,7 +628,6 @@ function writeJson(schema: Schema, value: unknown, path: string): unknown {
         writeJson(member, item, path ? `${path}.${name}` : name),
       ]),
     );
-  if (schema.isTimestampSchema() && value instanceof Date) return value.getTime() / 1000;
   const text = writeText(schema, value, path); // judges the type
   return schema.isBlobSchema() ? text : value;
 }
@@ -667,8 +646,7 @@ function encodeRest(shape: Operation, output: object, requestId: string): WireRe
       for (const [key, text] of Object.entries(Object(value)))
         headers[traits.httpPrefixHeaders + key] = headerText(schema.getValueSchema(), text, `${name}.${key}`);
     else if (traits.httpResponseCode !== undefined) status = Number(value);
-    else if (traits.httpPayload === undefined)
-      members += writeXml(schema.getMemberTraits().xmlName ?? name, schema, value, name);
+    else if (traits.httpPayload === undefined) members += writeXml(schema.getMemberTraits().xmlName ?? name, schema, value, name);
     else if (schema.isBlobSchema()) body = blob(value, name);
     else body = writeXml(traits.xmlName ?? name, schema, value, name);
   }

@@ -106,7 +106,10 @@ export interface GroupSpec {
   desired: number;
   /** Default: the region's a, b and c. */
   zones?: string[];
-  /** One type: a plain launch template; more: a mixed instances policy. Default: m5.large, m5a.large, m4.large. */
+  /**
+   * One type: a plain launch template, on-demand unless its data asks for spot. More: a mixed instances policy,
+   * all spot. Default: m5.large, m5a.large, m4.large.
+   */
   types?: string[];
   /** Instead of `types`: the policy's overrides as they are. */
   overrides?: LaunchTemplateOverrides[];
@@ -131,6 +134,8 @@ export interface GroupSpec {
   healthCheckType?: "EC2" | "ELB";
   healthCheckGraceSeconds?: number;
   lifecycleHooks?: string[];
+  /** How long the members have been running already; default a day. */
+  ageSeconds?: number;
 }
 
 export interface InterruptOptions {
@@ -225,12 +230,7 @@ export class World {
   // --- Calls -----------------------------------------------------------------------------------------------------
 
   /** One request. Its effect happens half a latency after the call, its answer comes half a latency later. */
-  async call(
-    service: Service,
-    operation: string,
-    input: object,
-    options: { signal?: AbortSignal } = {},
-  ): Promise<object> {
+  async call(service: Service, operation: string, input: object, options: { signal?: AbortSignal } = {}): Promise<object> {
     const { signal } = options;
     const name = `${service}:${operation}`;
     this.calls[name] = (this.calls[name] ?? 0) + 1;
@@ -262,16 +262,10 @@ export class World {
     if (ms > 0) await this.clock.sleep(ms, signal);
   }
 
-  async #perform(
-    service: Service,
-    operation: string,
-    input: object,
-    signal: AbortSignal | undefined,
-  ): Promise<object> {
+  async #perform(service: Service, operation: string, input: object, signal: AbortSignal | undefined): Promise<object> {
     const schema = operationSchema(service, operation);
     const handler = this[service].operations[operation];
-    if (!schema)
-      throw new AwsError("InvalidAction", `The action ${operation} is not valid for this web service.`);
+    if (!schema) throw new AwsError("InvalidAction", `The action ${operation} is not valid for this web service.`);
     if (!handler) throw new Error(`the simulator has no ${service}:${operation}`);
     const clean = parse(schema.input, input, "", (fault) => {
       throw faultError(service, fault);
@@ -304,8 +298,7 @@ export class World {
       return;
     }
     let granted: boolean;
-    if (operation === "RunInstances")
-      granted = take("ec2:RunInstances") && take("ec2:instances", Number(input.MaxCount ?? 1));
+    if (operation === "RunInstances") granted = take("ec2:RunInstances") && take("ec2:instances", Number(input.MaxCount ?? 1));
     else if (operation === "TerminateInstances" || operation === "CreateTags") granted = take(`ec2:${operation}`);
     else if (/^(Describe|Get)/.test(operation)) {
       const narrowed = Object.entries(input).some(([key, value]) =>
@@ -384,6 +377,7 @@ export class World {
     zone?: string;
     lifecycle?: "spot" | "on-demand";
     tags?: Record<string, string>;
+    ageSeconds?: number;
   }): Instance {
     const zone = spec.zone ?? `${this.region}a`;
     const instance = this.ec2.launch({
@@ -393,6 +387,7 @@ export class World {
       imageId: "ami-0123456789abcdef0",
       tags: Object.entries(spec.tags ?? {}),
       atOnce: true,
+      ageMs: 1000 * (spec.ageSeconds ?? 86_400),
     });
     return instance;
   }
@@ -421,12 +416,9 @@ export class World {
 
   /** Sends a rebalance recommendation; nothing else happens. */
   rebalance(instanceId: string, options: Pick<InterruptOptions, "eventDelayMs" | "duplicates"> = {}): void {
-    const body = this.event(
-      "EC2 Instance Rebalance Recommendation",
-      "aws.ec2",
-      this.#resources(this.instance(instanceId)),
-      { "instance-id": instanceId },
-    );
+    const body = this.event("EC2 Instance Rebalance Recommendation", "aws.ec2", this.#resources(this.instance(instanceId)), {
+      "instance-id": instanceId,
+    });
     this.#deliver(body, options);
     this.record("rebalance recommendation", [instanceId]);
   }
@@ -538,8 +530,7 @@ function abortError(): Error {
 }
 
 function denied(service: Service, operation: string): AwsError {
-  if (service === "ec2")
-    return new AwsError("UnauthorizedOperation", "You are not authorized to perform this operation.", 403);
+  if (service === "ec2") return new AwsError("UnauthorizedOperation", "You are not authorized to perform this operation.", 403);
   if (service === "s3") return new AwsError("AccessDenied", "Access Denied", 403);
   const action = `${service === "elbv2" ? "elasticloadbalancing" : service}:${operation}`;
   const text = `User is not authorized to perform: ${action} because no identity-based policy allows it`;

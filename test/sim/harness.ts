@@ -1,14 +1,29 @@
+import { expect } from "bun:test";
 // A scenario's stage: the simulated AWS under virtual time, and one or more daemons, each the real program on
 // effects that lead into it. `kill` drops a daemon where it stands: none of its promises goes on.
-import { type Config, type Ctx, type Deps, type Level, type Log, checkGroups, makeContext, makeLog, parseConfig, run } from "../../maxgroup.ts";
+import {
+  type Config,
+  type Ctx,
+  checkGroups,
+  type Deps,
+  type Ec2Instance,
+  type Level,
+  type Log,
+  makeContext,
+  makeLog,
+  parseConfig,
+  replacedBy,
+  run,
+} from "../../maxgroup.ts";
 import { client } from "../aws/clients.ts";
 import { VirtualClock } from "../aws/clock.ts";
-import { type CapacitySample, type GroupSpec, type Queues, World, type WorldOptions } from "../aws/world.ts";
+import type { Instance } from "../aws/ec2.ts";
+import { type CapacitySample, type GroupSpec, type Queues, type Service, World, type WorldOptions } from "../aws/world.ts";
 
 export type Daemon = {
   ctx: Ctx;
-  /** As SIGTERM; resolves when the program has ended. */
-  stop: () => Promise<void>;
+  /** As SIGTERM; `running` resolves when the program has ended. */
+  sigterm: () => void;
   /** As kill -9: nothing that it had begun goes on. */
   kill: () => void;
   running: Promise<void>;
@@ -21,6 +36,9 @@ export class Stage {
   /** What the daemons logged, a line each, with virtual seconds. */
   readonly lines: string[] = [];
   readonly samples: CapacitySample[] = [];
+  readonly #startedWith = new Map<string, number>();
+  readonly #sizesAtStart = new Map<string, number>();
+  readonly #protected = new Set<string>();
   #daemons = 0;
   groups: Record<string, object> = {};
 
@@ -33,7 +51,12 @@ export class Stage {
   /** A group of the world that the daemons look after, with these options. Returns its members' IDs. */
   group(spec: GroupSpec, options: object = {}): string[] {
     this.groups[spec.name] = options;
-    return this.world.createGroup(spec).instanceIds;
+    const { instanceIds } = this.world.createGroup(spec);
+    this.#startedWith.set(spec.name, spec.desired);
+    this.#sizesAtStart.set(spec.name, instanceIds.length);
+    if (spec.protected) this.#protected.add(spec.name);
+    for (const id of instanceIds) this.world.instance(id).launchedAtMs -= 3_600_000;
+    return instanceIds;
   }
 
   config(queueOptions: object = {}): Config {
@@ -72,7 +95,12 @@ export class Stage {
     const sqs = wrap(client(this.world, "sqs"));
     const random = this.world.random;
     const now = () => this.clock.now() + skewMs;
-    const log: Log = makeLog((line) => this.lines.push(line), () => this.clock.now(), true, () => level).with(id > 1 ? { daemon: id } : {});
+    const log: Log = makeLog(
+      (line) => this.lines.push(line),
+      () => this.clock.now(),
+      true,
+      () => level,
+    ).with(id > 1 ? { daemon: id } : {});
     const deps: Deps = {
       ec2: wrap(client(this.world, "ec2")),
       autoScaling: wrap(client(this.world, "autoscaling")),
@@ -93,14 +121,21 @@ export class Stage {
     return {
       ctx,
       running,
-      stop: async () => {
-        stop.abort(new Error("stop"));
-        await this.clock.runUntil(() => ctx.state.inHand.size === 0, 10_000);
-      },
+      sigterm: () => stop.abort(new Error("stop")),
       kill: () => {
         dead = true;
       },
     };
+  }
+
+  /** A call by the operator, not by a daemon. */
+  async call(service: Service, operation: string, input: object): Promise<object> {
+    let answer: object | undefined;
+    void this.world.call(service, operation, input).then((a) => {
+      answer = a;
+    });
+    await this.until(() => answer !== undefined, 60);
+    return answer ?? {};
   }
 
   seconds(n: number): Promise<void> {
@@ -108,6 +143,16 @@ export class Stage {
   }
   until(done: () => boolean, seconds: number): Promise<void> {
     return this.clock.runUntil(done, seconds * 1000);
+  }
+
+  /** SIGTERM, and the program's own end. */
+  async stop(daemon: Daemon): Promise<void> {
+    let ended = false;
+    void daemon.running.then(() => {
+      ended = true;
+    });
+    daemon.sigterm();
+    await this.until(() => ended, 20);
   }
 
   /** Until nothing is left in the three queues and no raised maximum or unsettled claim remains. */
@@ -119,16 +164,75 @@ export class Stage {
       const { visible, delayed, inFlight } = this.world.queueDepth(url);
       return visible + delayed + inFlight === 0;
     });
-    return empty && [...this.world.autoscaling.groups.values()].every((g) => !g.tags.has("spotmax:max_size")) && this.openClaims().length === 0;
+    return (
+      empty &&
+      [...this.world.autoscaling.groups.values()].every((g) => !g.tags.has("spotmax:max_size")) &&
+      this.openClaims().length === 0
+    );
   }
   openClaims(): string[] {
     return [...this.world.ec2.instances.values()]
-      .filter((i) => (i.state === "pending" || i.state === "running") && i.tags.has("spotmax:replaces") && !i.tags.has("spotmax:attached"))
+      .filter(
+        (i) =>
+          (i.state === "pending" || i.state === "running") && i.tags.has("spotmax:replaces") && !i.tags.has("spotmax:attached"),
+      )
       .map((i) => i.id);
+  }
+
+  /** Events for these are to end in exactly one replacement each; checks all that must hold when all is quiet. */
+  check(
+    olds: string[],
+    sizes: Record<string, [min: number, max: number, desired: number]>,
+    { dips = false, launches = olds.length } = {},
+  ): void {
+    const living = [...this.world.ec2.instances.values()].filter((i) => i.state === "pending" || i.state === "running");
+    const all = [...this.world.ec2.instances.values()].filter((i) => i.tags.has("spotmax:replaces"));
+    expect(this.isQuiet()).toBe(true);
+    expect(this.world.queueDepth(this.queues.deadLetter).visible).toBe(0);
+    for (const old of olds) {
+      const claims = living.filter((i) => replacedBy(plain(i)) === old);
+      expect([old, claims.length]).toEqual([old, dips ? Math.min(1, claims.length) : 1]);
+    }
+    expect(all.length).toBe(launches);
+    for (const i of living) {
+      if (i.tags.has("spotmax:replaces")) expect([i.id, "in a group", i.group !== undefined]).toEqual([i.id, "in a group", true]);
+      if (i.tags.has("spotmax:detached"))
+        expect([i.id, "detached and running outside", i.group === undefined]).toEqual([
+          i.id,
+          "detached and running outside",
+          false,
+        ]);
+    }
+    for (const [name, [min, max, desired]] of Object.entries(sizes)) {
+      const group = this.world.autoscaling.groups.get(name);
+      expect([name, group?.min, group?.max, group?.desired]).toEqual([name, min, max, desired]);
+      expect([name, "members", group?.members.size]).toEqual([name, "members", this.#sizesAtStart.get(name)]);
+      if (!dips)
+        expect([name, "least in service", this.least(name) >= (this.#startedWith.get(name) ?? 0)]).toEqual([
+          name,
+          "least in service",
+          true,
+        ]);
+      for (const [id, m] of group?.members ?? []) expect([id, m.protected]).toEqual([id, this.#protected.has(name)]);
+    }
   }
 
   /** The least capacity in service that a group had since the start. */
   least(name: string): number {
     return Math.min(...this.samples.filter((s) => s.group === name).map((s) => s.inService));
   }
+}
+
+function plain(i: Instance): Ec2Instance {
+  const { id, type, zone, state } = i;
+  return {
+    id,
+    type,
+    zone,
+    state,
+    stateReason: "",
+    spot: i.lifecycle === "spot",
+    launchedMs: i.launchedAtMs,
+    tags: Object.fromEntries(i.tags),
+  };
 }
