@@ -129,7 +129,11 @@ export class AutoScaling {
       const ids = input.InstanceIds;
       if (ids && ids.length > 50) throw refuse("The number of instance ids that may be passed in is limited to 50");
       const wanted = ids?.length ? new Set(ids) : undefined;
-      const found = [...this.groups.values()].flatMap((group) =>
+      // A group without past holds nobody but its members: no need to describe those that none of the IDs is in.
+      const concerned = [...this.groups.values()].filter(
+        (group) => !wanted || group.past.length > 0 || [...wanted].some((id) => group.members.has(id)),
+      );
+      const found = concerned.flatMap((group) =>
         this.#view(group, viewMs)
           .Instances.filter((member) => !wanted || wanted.has(member.InstanceId))
           .map((member) => ({ ...member, AutoScalingGroupName: group.name, HealthStatus: member.HealthStatus.toUpperCase() })),

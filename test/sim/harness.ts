@@ -166,8 +166,15 @@ export class Stage {
     });
     return (
       empty &&
+      this.#isStill() &&
       [...this.world.autoscaling.groups.values()].every((g) => !g.tags.has("spotmax:max_size")) &&
       this.openClaims().length === 0
+    );
+  }
+  /** Nothing is on its way into a group or out of it. */
+  #isStill(): boolean {
+    return [...this.world.autoscaling.groups.values()].every((g) =>
+      [...g.members.values()].every((m) => m.state === "InService" || m.state === "Standby"),
     );
   }
   openClaims(): string[] {

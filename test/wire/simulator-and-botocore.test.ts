@@ -54,7 +54,7 @@ interface PythonAnswer {
 }
 
 async function fromPython(...calls: PythonCall[]): Promise<PythonAnswer[]> {
-  const child = Bun.spawn([python, join(import.meta.dir, "botocore.py"), served.url, REGION], {
+  const child = Bun.spawn([python, join(import.meta.dir, "python-client.py"), served.url, REGION], {
     stdin: new Blob([JSON.stringify(calls)]),
     stderr: "pipe",
   });
