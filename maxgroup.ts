@@ -539,20 +539,30 @@ async function aws<T>(
 type Batcher<K, V> = { (item: K): Promise<V>; waiting: () => number };
 
 /**
- * `run` gets up to `limit` items that are `alike` and answers with one value or Error for each, in order; at most
- * `parallel` runs are under way.
+ * `run` gets up to `limit` items that are `alike` and answers with one value or Error for each, in order. While a
+ * call is under way, a second one (at most `parallel` in all) leaves only when it is full, or at once if `eager`.
  */
 export function batcher<K, V>(
   deps: Pick<Deps, "sleep">,
-  { limit, parallel = 1, alike = () => "" }: { limit: number; parallel?: number; alike?: (item: K) => string },
+  {
+    limit,
+    parallel = 1,
+    eager = false,
+    alike = () => "",
+  }: { limit: number; parallel?: number; eager?: boolean; alike?: (item: K) => string },
   run: (items: K[]) => Promise<(V | Error)[]>,
 ): Batcher<K, V> {
   type Waiting = { item: K; resolve: (value: V) => void; reject: (reason: unknown) => void };
-  let queued: Waiting[] = [];
-  let running = 0;
+  const queues = new Map<string, Waiting[]>();
+  const running = new Map<string, number>();
+  let all = 0;
   let turn = false;
-  const flush = async (batch: Waiting[]) => {
-    running++;
+  const flush = async (kind: string, batch: Waiting[]) => {
+    const count = (by: number) => {
+      running.set(kind, (running.get(kind) ?? 0) + by);
+      all += by;
+    };
+    count(1);
     try {
       const answers = await run(batch.map((w) => w.item));
       batch.forEach(({ resolve, reject }, i) => {
@@ -563,23 +573,24 @@ export function batcher<K, V>(
     } catch (error) {
       for (const { reject } of batch) reject(error);
     } finally {
-      running--;
+      count(-1);
+      if (!running.get(kind)) running.delete(kind);
       pump();
     }
   };
   const pump = () => {
-    for (let [first] = queued; first && running < parallel; [first] = queued) {
-      const kind = alike(first.item);
-      const batch: Waiting[] = [];
-      const rest: Waiting[] = [];
-      for (const w of queued) (batch.length < limit && alike(w.item) === kind ? batch : rest).push(w);
-      queued = rest;
-      void flush(batch);
+    for (const [kind, queued] of queues) {
+      const ready = () => queued.length > 0 && all < parallel && (eager || !running.get(kind) || queued.length >= limit);
+      while (ready()) void flush(kind, queued.splice(0, limit));
+      if (!queued.length) queues.delete(kind);
     }
   };
   const add = (item: K) =>
     new Promise<V>((resolve, reject) => {
-      queued.push({ item, resolve, reject });
+      const kind = alike(item);
+      const queued = queues.get(kind);
+      if (queued) queued.push({ item, resolve, reject });
+      else queues.set(kind, [{ item, resolve, reject }]);
       if (turn) return;
       turn = true;
       void deps.sleep(0).then(() => {
@@ -587,7 +598,7 @@ export function batcher<K, V>(
         pump();
       });
     });
-  return Object.assign(add, { waiting: () => queued.length });
+  return Object.assign(add, { waiting: () => queues.values().reduce((sum, q) => sum + q.length, 0) });
 }
 
 /** A batched read by key: equal keys share one place in the call; what is absent comes back undefined. */
@@ -822,12 +833,12 @@ function makeCloud(ctx: Ctx) {
   return {
     describe,
     /** By filter, not by ID: an unknown ID is then absent instead of failing the whole call. */
-    instance: reader<Ec2Instance>(deps, 100, 4, async (ids) => {
+    instance: reader<Ec2Instance>(deps, 200, 4, async (ids) => {
       const found = await describe("reading instances", [{ Name: "instance-id", Values: ids }]);
       return new Map(found.map((i) => [i.id, i]));
     }),
     /** Every instance, dead ones included, whose spotmax:replaces names this one. AWS allows 200 values a filter. */
-    naming: reader<Ec2Instance[]>(deps, 100, 4, async (olds) => {
+    naming: reader<Ec2Instance[]>(deps, 200, 4, async (olds) => {
       const found = await describe("looking for claims", [{ Name: `tag:${TAG.replaces}`, Values: olds.map((id) => `*${id}*`) }]);
       return new Map(olds.map((id) => [id, found.filter((i) => (i.tags[TAG.replaces] ?? "").split(" ").includes(id))]));
     }),
@@ -1021,7 +1032,9 @@ function lane(ctx: Ctx, group: string): Lane {
   const exclusive = mutex();
   const made: Lane = {
     exclusive,
-    launch: batcher(ctx.deps, { limit: 10, parallel: 8, alike: (item) => item.ask }, (items) => launchBatch(ctx, group, items)),
+    launch: batcher(ctx.deps, { limit: 10, parallel: 8, eager: true, alike: (item) => item.ask }, (items) =>
+      launchBatch(ctx, group, items),
+    ),
     attach: batcher(ctx.deps, { limit: 20 }, (items) => exclusive(() => attachBatch(ctx, group, items))),
     detach: batcher(ctx.deps, { limit: 20, alike: (item) => String(item.decrement) }, (items) =>
       exclusive(() => detachBatch(ctx, group, items)),
@@ -1322,12 +1335,8 @@ async function leaseLoop(ctx: Ctx): Promise<void> {
       return; // stopping
     }
     for (const work of ctx.state.inHand.values()) {
-      const everyMs = Math.min(work.leaseSeconds * 500, Math.max(LEASE_TICK_MS, work.leaseSeconds * 1000 - 30_000));
-      if (
-        ctx.deps.now() - work.leasedMs >=
-        Math.min(everyMs, work.leaseSeconds === LEASE_SECONDS ? LEASE_TICK_MS - 500 : everyMs)
-      )
-        void hold(ctx, work, work.leaseSeconds);
+      const dueMs = work.leaseSeconds === LEASE_SECONDS ? LEASE_TICK_MS - 500 : work.leaseSeconds * 500;
+      if (ctx.deps.now() - work.leasedMs >= dueMs) void hold(ctx, work, work.leaseSeconds);
     }
   }
 }
@@ -1812,29 +1821,24 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
 /** Climbs the ladder until an instance comes of it; without a hard deadline once, else until the deadline. */
 async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
   const { old, member, deadlineMs, options } = work;
+  const spotMember = old !== undefined && (old.spot || TAG.fallback in old.tags);
+  const rungs = rungsFor(spotMember, deadlineMs !== undefined, options.is_enable_od_fallback);
   for (let pass = 0; ; pass++) {
-    const claim = winner(await claimsOf(ctx, work.instance));
-    if (claim) {
-      work.log.info(`${claim.id} was launched before for ${work.instance}: going on with it`);
-      return claim.id;
-    }
-    // An old one that has left meanwhile needs no new replacement: its group sees to that.
-    if (!old || !member) return undefined;
-    const spotMember = old.spot || TAG.fallback in old.tags;
-    const rungs = rungsFor(spotMember, deadlineMs !== undefined, options.is_enable_od_fallback);
     const desperate = pass > 0 || rungs.at(-1) !== "on-demand";
     for (; work.rung < rungs.length; work.rung++) {
+      // Before a crash, by another daemon, or under a token that came back as a mismatch.
+      const claim = winner(await claimsOf(ctx, work.instance));
+      if (claim) {
+        work.log.info(`${claim.id} was launched before for ${work.instance}: going on with it`);
+        return claim.id;
+      }
+      // An old one that has left meanwhile needs no new replacement: its group sees to that.
+      if (!old || !member) return undefined;
       const rung = rungs[work.rung] ?? "any spot";
-      // Notices that ask for the same share one call.
-      const ask = [
-        rung,
-        spotMember,
-        member.weight,
-        rung === "balanced spot" ? member.zone : "",
-        desperate,
-        options.alt.join(),
-        options.persistence_dev ? work.instance : "",
-      ].join("|");
+      // Notices that ask for the same share one call; a volume's owner shares none.
+      const place = rung === "balanced spot" ? member.zone : "";
+      const alone = options.persistence_dev ? work.instance : "";
+      const ask = JSON.stringify([rung, spotMember, member.weight, place, desperate, options.alt, alone]);
       const id = await lane(ctx, work.group).launch({ work, rung, desperate, ask });
       if (id) return id;
     }
@@ -1897,6 +1901,8 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
       ? await runInstances(ctx, pools, lifecycle, tags, items.length, attempt)
       : await createFleet(ctx, group, pools, lifecycle, tags, items.length, attempt);
   } catch (error) {
+    // Nobody knows what became of the call: going on with other parameters could launch twice.
+    if (error instanceof Stopped || isRetryable(error)) throw error;
     const text = errorText(error);
     if (errorName(error) === "IdempotentParameterMismatch") work.log.debug(`${text}: looking for what was launched before`);
     else work.log[CAPACITY.has(errorName(error)) ? "warn" : "error"](`${rung}: ${text}`, { error: errorName(error) });
@@ -1929,6 +1935,9 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
   });
   return items.map((i) => ids[olds.indexOf(i.work.instance)]);
 }
+
+/** The same call with the same token until there is an answer, for about two minutes. */
+const LAUNCH_CALL = { tries: 30, timeoutMs: 20_000 };
 
 /** The token covers all that the request says, and the attempt: a second try with other types under the first one's token is refused. */
 const tokenOf = (request: object, attempt: number) =>
@@ -1992,7 +2001,7 @@ async function createFleet(
     ctx,
     `launching ${count} ${lifecycle}`,
     (o) => ctx.deps.ec2.send(new CreateFleetCommand(input), o),
-    { timeoutMs: 30_000 },
+    LAUNCH_CALL,
   );
   const zoneOf = new Map(pools.map((p) => [p.subnet, p.zone]));
   const said = new Set<string>();
@@ -2037,7 +2046,7 @@ async function runInstances(
         ctx,
         `launching ${p.type} in ${p.zone}`,
         (o) => ctx.deps.ec2.send(new RunInstancesCommand({ ...request, ClientToken: tokenOf(request, attempt) }), o),
-        { timeoutMs: 30_000 },
+        LAUNCH_CALL,
       );
       const ids = Instances.flatMap((i) => (i.InstanceId ? [i.InstanceId] : []));
       if (ids.length) return ids;
@@ -2173,9 +2182,20 @@ async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<ReturnT
 }
 
 async function raiseMaximum(ctx: Ctx, group: Group, units: number): Promise<void> {
-  const raised = raisedMax(group, units);
-  if (!raised) return;
+  if (!raisedMax(group, units)) return;
   const { name } = group;
+  // For all that are on their way at once: a wave would else raise it for every twenty.
+  const coming = [...ctx.state.inHand.values()].filter(
+    (w) => w.group === name && w.claim && !group.members.has(w.claim) && w.queue === "interruption_evt_sqs",
+  );
+  const raised = raisedMax(
+    group,
+    Math.max(
+      units,
+      coming.reduce((sum, w) => sum + (w.member?.weight ?? 1), 0),
+    ),
+  );
+  if (!raised) return;
   // The tag first: a maximum raised without a record would never be put back.
   await aws(ctx, `recording the maximum of ${name}`, (o) =>
     ctx.deps.autoScaling.send(new CreateOrUpdateTagsCommand({ Tags: [groupTag(name, TAG.maxSize, raised.tag)] }), o),
@@ -2601,15 +2621,20 @@ export function judgeClaim(x: {
 async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
   const nowMs = ctx.deps.now();
   const membersOf = await Promise.all(open.map((c) => ctx.cloud.member(c.id)));
+  const nameOf = (claim: Ec2Instance, n: number) => membersOf[n]?.group ?? claim.tags[TAG.group] ?? "";
+  const groups = new Map(
+    await Promise.all([...new Set(open.map(nameOf))].map(async (name) => [name, await ctx.cloud.group(name)] as const)),
+  );
+  const rivals = Map.groupBy(ctx.state.claims.values(), (c) => replacedBy(c) ?? c.id);
   const ended = new Set<string>(); // one surplus at a time and group, each judged on fresh numbers
   for (const [n, claim] of open.entries()) {
     const member = membersOf[n];
     const old = replacedBy(claim);
     if (!member && !ctx.state.outsideSince.has(claim.id)) ctx.state.outsideSince.set(claim.id, nowMs);
     if (member) ctx.state.outsideSince.delete(claim.id);
-    const name = member?.group ?? claim.tags[TAG.group] ?? "";
-    const group = await ctx.cloud.group(name);
-    const best = old ? winner([...ctx.state.claims.values()].filter((c) => replacedBy(c) === old)) : undefined;
+    const name = nameOf(claim, n);
+    const group = groups.get(name);
+    const best = old ? winner(rivals.get(old) ?? []) : undefined;
     const stays = old !== undefined && isStaying(group?.members.get(old));
     const inService = group ? [...group.members.values()].filter((m) => m.lifecycleState === "InService") : [];
     const watch = `${claim.id} ${stays}`;
@@ -3074,7 +3099,13 @@ async function main(): Promise<number> {
     process.stdout.write(`${pkg.version}\n`);
     return 0;
   }
-  const target = logTarget(flags.l);
+  let target: ReturnType<typeof logTarget>;
+  try {
+    target = logTarget(flags.l);
+  } catch (error) {
+    process.stderr.write(`the log file ${flags.l} cannot be opened: ${errorText(error)}\n`);
+    return 1;
+  }
   const seelog = existsSync("conf/seelog.xml") ? seelogLevel(readFileSync("conf/seelog.xml", "utf8")) : undefined;
   let level: Level = seelog ?? "debug";
   const log = makeLog(target.write, Date.now, target.tty, () => level);
@@ -3083,7 +3114,14 @@ async function main(): Promise<number> {
     process.on(signal, () => {
       log.info(`${signal}: stopping`);
       stop.abort(new Stopped(signal));
+      // Whatever still hangs by then comes again when its lease ends.
+      setTimeout(() => process.exit(0), 9_500).unref();
     });
+  // A fault in one corner must not take down what guards the fleet.
+  for (const event of ["uncaughtException", "unhandledRejection"] as const)
+    process.on(event, (error: unknown) =>
+      log.error(`${event}: ${errorText(error)}`, { stack: error instanceof Error ? error.stack : undefined }),
+    );
   if (flags.t && !isLoopback(process.env.AWS_ENDPOINT_URL)) {
     log.error("-t is for local tests: set AWS_ENDPOINT_URL to a loopback address, such as http://127.0.0.1:4566");
     return 1;
@@ -3105,6 +3143,11 @@ async function main(): Promise<number> {
       region: flags.r,
       config: flags.t ? "conf/service_config.json" : `s3://${flags.b}/service_config.json`,
     });
+    const unused = [
+      ...(["listen", "webhook_url"] as const).flatMap((key) => (config.system[key] ? [`system.${key}`] : [])),
+      ...(flags.K ? ["-K"] : []),
+    ];
+    for (const name of unused) log.warn(`${name} is set, but this version does not act on it`);
     await Promise.all([checkQueues(ctx), checkGroups(ctx)]);
     if (![...ctx.state.groups.values()].some((g) => !g.broken))
       throw new ConfigError("no group can be looked after; see the errors above");
@@ -3131,7 +3174,9 @@ async function main(): Promise<number> {
     return 0;
   } catch (error) {
     if (error instanceof Stopped) return 0;
-    log.error(error instanceof ConfigError ? error.message : errorText(error));
+    const text =
+      error instanceof ConfigError ? error.message : `${error instanceof Error ? error.message : ""}: ${explain(error)}`;
+    for (const line of text.split("\n")) log.error(line);
     return 1;
   }
 }

@@ -1,0 +1,345 @@
+// The compiled binary replaces interrupted instances over HTTP. Every story is its own world, port and process, and
+// all run at once; `finish` checks at each end what must hold whatever happens.
+import { expect, test } from "bun:test";
+import type { Delays } from "../aws/world.ts";
+import { only, onStage, type Scene, sleep } from "./harness.ts";
+
+const LIMIT_MS = 180_000;
+const story = (title: string, tell: (s: Scene) => Promise<void>, delays: Partial<Delays> = {}) =>
+  test.concurrent(title, () => onStage(tell, delays), LIMIT_MS);
+
+const roomy = { min: 2, max: 6, desired: 3 };
+const tight = { min: 3, max: 3, desired: 3 };
+/** One type in a plain launch template that asks for spot itself; two zones keep it simple. */
+const plain = { types: ["m5.large"], template: { InstanceMarketOptions: { MarketType: "spot" as const } } };
+const first = <T>(list: readonly T[]): T => {
+  const [item] = list;
+  if (item === undefined) throw new Error("nothing there");
+  return item;
+};
+
+// ─── The main path ───────────────────────────────────────────────────────────────────────────────────────
+
+story("an interrupted instance of a plain group is replaced before it goes", async (s) => {
+  const old = first(s.group({ name: "web", ...roomy, ...plain }));
+  const { daemon, firstReceiveMs } = await s.start();
+  s.interrupt(old);
+  await s.until("the replacement is in service and the old one detached", 20, () => s.world.instance(old).group === undefined);
+  const rssMb = daemon.rssMb ?? Number.NaN;
+  await s.finish([old]);
+  console.log(`start to first receive ${firstReceiveMs.toFixed(0)} ms, RSS ${rssMb.toFixed(0)} MB`);
+  expect(firstReceiveMs).toBeLessThan(2_000);
+  expect(rssMb).toBeLessThan(150);
+  expect(s.world.calls["autoscaling:UpdateAutoScalingGroup"]).toBeUndefined();
+});
+
+story("a mixed group keeps its policy, and its replacement is spot of one of its types", async (s) => {
+  const old = first(s.group({ name: "mixed", ...roomy, targetGroups: ["front"] }));
+  await s.start();
+  s.interrupt(old);
+  await s.finish([old]);
+  const claim = only(s.claims());
+  expect([claim.lifecycle, claim.tags.has("spotmax:fallback")]).toEqual(["spot", false]);
+  expect(["m5.large", "m5a.large", "m4.large"]).toContain(claim.type);
+  expect(claim.zone).toBe(s.world.instance(old).zone);
+});
+
+story("at minimum = maximum the maximum is raised by one and put back", async (s) => {
+  const old = first(s.group({ name: "web", ...tight }));
+  await s.start();
+  s.interrupt(old);
+  await s.finish([old]);
+  expect(Math.max(...s.samples.map((x) => x.max))).toBe(4);
+});
+
+story("five copies of one notice lead to one launch", async (s) => {
+  const old = first(s.group({ name: "web", ...tight }));
+  await s.start();
+  s.interrupt(old, { copies: 5 });
+  await s.finish([old]);
+});
+
+story("two interruptions at once in one group share one launch call", async (s) => {
+  const olds = s.group({ name: "web", ...tight, zones: ["us-east-2a"] }).slice(0, 2);
+  await s.start();
+  for (const old of olds) s.interrupt(old, { keepCapacity: true });
+  await s.finish(olds);
+  expect(s.launchCalls.length).toBe(1);
+  expect(s.claims().map((i) => i.tags.get("spotmax:replaces"))).toEqual(Array(2).fill(olds.toSorted().join(" ")));
+});
+
+story("in real time to the very end: the last message, a minute after the deadline, finds nothing left to end", async (s) => {
+  const old = first(s.group({ name: "web", ...roomy }));
+  const { daemon } = await s.start();
+  s.interrupt(old, { seconds: 35 });
+  await s.finish([old], { toTheVeryEnd: true });
+  expect(Date.now() - s.deadlineMs(old)).toBeWithin(59_000, 70_000);
+  expect(daemon.has(`${old} is terminated`)).toBe(true);
+});
+
+story("a rehearsal: what AWS does not take back is ended by the last message", async (s) => {
+  const old = first(s.group({ name: "web", ...roomy }));
+  await s.start();
+  s.interrupt(old, { seconds: 60 });
+  await s.finish([old]);
+  expect(s.world.instance(old).stateReason?.Code).toBe("Client.UserInitiatedShutdown");
+});
+
+// ─── Capacity ────────────────────────────────────────────────────────────────────────────────────────────
+
+const TYPES = ["m5.large", "m4.large"];
+
+story("no spot anywhere: an on-demand instance takes the place, tagged as a fallback", async (s) => {
+  const old = first(s.group({ name: "web", ...tight, types: TYPES }));
+  for (const pool of s.pools(TYPES, "spot")) pool.capacity = 0;
+  await s.start();
+  s.interrupt(old);
+  await s.finish([old]);
+  const claim = only(s.claims());
+  expect([claim.lifecycle, claim.tags.get("spotmax:fallback")]).toEqual(["on-demand", "on-demand"]);
+});
+
+story("nothing to be had anywhere: detached without decrement five seconds before the deadline", async (s) => {
+  const old = first(s.group({ name: "web", ...roomy, types: TYPES }));
+  const pools = s.pools(TYPES, "spot", "on-demand");
+  for (const pool of pools) pool.capacity = 0;
+  await s.start();
+  s.interrupt(old, { seconds: 20 });
+  await s.until("detached", 25, () => s.world.audit.some((a) => a.what === "detach"));
+  const detach = only(s.world.audit.filter((a) => a.what === "detach"));
+  expect(detach.detail).toBe("without decrement");
+  expect((s.deadlineMs(old) - detach.atMs) / 1000).toBeWithin(3, 5.01);
+  await s.until("the deadline has passed", 10, () => Date.now() > s.deadlineMs(old) + 500);
+  for (const pool of pools) pool.capacity = 5;
+  await s.finish([old], { dips: true, launches: 0, replaced: false });
+});
+
+story("capacity that comes when the old one is detached already: the late replacement joins, and goes as surplus", async (s) => {
+  const old = first(s.group({ name: "web", ...roomy, types: TYPES }));
+  const pools = s.pools(TYPES, "spot", "on-demand");
+  for (const pool of pools) pool.capacity = 0;
+  await s.start();
+  s.interrupt(old, { seconds: 16 });
+  await s.until("detached", 25, () => s.world.audit.some((a) => a.what === "detach"));
+  for (const pool of pools) pool.capacity = 5;
+  await s.finish([old], { dips: true, launches: 1, replaced: false, seconds: 130 });
+});
+
+// ─── Other notices, bad messages ─────────────────────────────────────────────────────────────────────────
+
+story("a rebalance recommendation is acted on where the option is on, once the member is ten minutes old", async (s) => {
+  const calm = {
+    is_to_handle_rebalance_event: true,
+    preaction_detach_delay_seconds: 1,
+    preaction_termination_delay_seconds: 1,
+  };
+  const old = first(s.group({ name: "web", ...tight }, calm));
+  const ignored = first(s.group({ name: "other", ...tight }));
+  s.world.instance(old).launchedAtMs = Date.now() - 60_000;
+  await s.start();
+  s.world.rebalance(old);
+  s.world.rebalance(ignored);
+  const depth = () => s.world.queueDepth(s.queues.interruption);
+  await s.until("the young one waits as a delayed copy", 10, () => depth().delayed === 1 && depth().inFlight === 0);
+  expect(s.claims()).toEqual([]);
+  s.world.instance(old).launchedAtMs = Date.now() - 601_000;
+  s.hurry(s.queues.interruption);
+  await s.until("replaced", 60, () => s.world.instance(old).state === "terminated");
+  await s.finish([old]);
+  expect(s.world.instance(ignored).group).toBe("other");
+});
+
+story("bad messages harm nobody: broken ones end as dead letters, strangers' are deleted, the good one is handled", async (s) => {
+  const old = first(s.group({ name: "web", ...roomy }));
+  const foreign = s.world.createInstance({});
+  s.configure({ queue: { visibility_timeout_seconds: 10 } });
+  const warning = (detail: object) => s.world.event("EC2 Spot Instance Interruption Warning", "aws.ec2", [], detail);
+  const poison = ["this is no JSON", warning({ "instance-id": "i-nonsense" }), warning({}), "null"];
+  const others = [
+    warning({ "instance-id": foreign.id, "instance-action": "terminate" }),
+    s.world.event("EC2 Instance State-change Notification", "aws.ec2", [], { "instance-id": old, state: "running" }),
+    s.world.event("Scheduled Event", "aws.events", [], {}),
+  ];
+  for (const body of poison) s.world.sqs.deliver(s.queues.interruption, body).receiveCount = 9;
+  for (const body of others) s.world.sendRaw(s.queues.interruption, body);
+  s.interrupt(old);
+  const { daemon } = await s.start();
+  await s.until("only the poison is left", 15, () => s.depth(s.queues.interruption) === poison.length);
+  await s.finish([old], { deadLetters: poison.length });
+  expect(s.world.sqs.bodies(s.queues.deadLetter).toSorted()).toEqual(poison.toSorted());
+  expect(daemon.lines.filter((line) => line.includes("left to the dead-letter queue")).length).toBe(poison.length);
+  expect(foreign.state).toBe("running");
+});
+
+// ─── Death and restart ───────────────────────────────────────────────────────────────────────────────────
+
+const touches = (url: string) => (input: object) => "QueueUrl" in input && input.QueueUrl === url;
+const real = (input: object) => !("DryRun" in input && input.DryRun);
+const DEATHS: { title: string; at: (s: Scene) => Parameters<Scene["killAt"]>[1] }[] = [
+  {
+    title: "after the detach message went out",
+    at: (s) => ({ call: "sqs:SendMessageBatch", when: "after", matches: touches(s.queues.detach) }),
+  },
+  {
+    title: "when CreateFleet has launched, before its answer comes",
+    at: () => ({ call: "ec2:CreateFleet", when: "after", matches: real }),
+  },
+  {
+    title: "between the raised maximum and the attach",
+    at: () => ({ call: "autoscaling:AttachInstances", when: "before" }),
+  },
+  {
+    title: "when attached, before the answer comes",
+    at: () => ({ call: "autoscaling:AttachInstances", when: "after" }),
+  },
+  {
+    title: "between the attach and the deletion of the message",
+    at: (s) => ({ call: "sqs:DeleteMessageBatch", when: "before", matches: touches(s.queues.interruption) }),
+  },
+  {
+    title: "between the tag spotmax:detached and the detach",
+    at: () => ({ call: "autoscaling:DetachInstances", when: "before" }),
+  },
+  {
+    title: "when detached, before the answer comes",
+    at: () => ({ call: "autoscaling:DetachInstances", when: "after" }),
+  },
+];
+for (const { title, at } of DEATHS)
+  story(`kill -9 ${title}, and a restart`, async (s) => {
+    const old = first(s.group({ name: "web", ...tight }));
+    const { daemon } = await s.start();
+    const dead = s.killAt(daemon, at(s));
+    s.interrupt(old, { seconds: 60 });
+    await dead;
+    await s.start();
+    await s.finish([old]);
+  });
+
+story("kill -9 right after the answer of CreateFleet, and a restart", async (s) => {
+  const old = first(s.group({ name: "web", ...tight }));
+  const { daemon } = await s.start();
+  const launched = s.reached("ec2:CreateFleet");
+  s.interrupt(old, { seconds: 60 });
+  await launched;
+  await s.killAt(daemon, { call: "ec2:DescribeInstances", when: "before" });
+  expect(s.claims().length).toBe(1);
+  await s.start();
+  await s.finish([old]);
+});
+
+story(
+  "SIGTERM with a message in hand: exit 0, and the message is there for the next daemon at once",
+  async (s) => {
+    const old = first(s.group({ name: "web", ...tight }));
+    const { daemon } = await s.start();
+    s.interrupt(old, { seconds: 60 });
+    await s.until("launched", 10, () => s.claims().length === 1);
+    await sleep(500);
+    const { code, tookMs } = await daemon.end("SIGTERM");
+    expect(code).toBe(0);
+    expect(tookMs).toBeLessThan(10_000);
+    expect(s.world.queueDepth(s.queues.interruption)).toEqual({ visible: 1, delayed: 0, inFlight: 0 });
+    expect(s.world.queueDepth(s.queues.detach).inFlight).toBe(0);
+    await s.start();
+    await s.finish([old]);
+  },
+  { pendingMs: [8_000, 8_000] },
+);
+
+story("SIGTERM while a launch call is out: it waits for the answer, then gives the message back", async (s) => {
+  const old = first(s.group({ name: "web", ...tight }));
+  const { daemon } = await s.start();
+  const out = Promise.withResolvers<void>();
+  s.world.intercept = ({ operation, input }) => {
+    if (operation !== "CreateFleet" || !real(input)) return undefined;
+    out.resolve();
+    return { delayMs: 3_000 };
+  };
+  s.interrupt(old, { seconds: 60 });
+  await out.promise;
+  const { code, tookMs } = await daemon.end("SIGTERM");
+  expect(code).toBe(0);
+  expect(tookMs).toBeWithin(2_500, 10_000);
+  expect(s.claims().length).toBe(1);
+  expect(s.world.queueDepth(s.queues.interruption)).toEqual({ visible: 1, delayed: 0, inFlight: 0 });
+  s.world.intercept = undefined;
+  await s.start();
+  await s.finish([old]);
+});
+
+story("SIGTERM when idle: exit 0 within two seconds, long polls and all", async (s) => {
+  s.group({ name: "web", ...tight });
+  const { daemon } = await s.start();
+  await sleep(1_000);
+  const { code, tookMs } = await daemon.end("SIGTERM");
+  expect(code).toBe(0);
+  expect(tookMs).toBeLessThan(2_000);
+  expect(daemon.lines.at(-1)).toMatch(/msg="?stopped/);
+});
+
+story("two daemons on the same queues: one replacement in the group for each, nothing left over", async (s) => {
+  const web = s.group({ name: "web", min: 5, max: 5, desired: 5 }).slice(0, 3);
+  const api = s.group({ name: "api", min: 2, max: 8, desired: 4 }).slice(0, 2);
+  await s.start();
+  await s.start();
+  for (const old of [...web, ...api]) s.interrupt(old, { copies: 3, seconds: 60 });
+  await s.finish([...web, ...api], { launches: "any", seconds: 130 });
+});
+
+// ─── The log, SIGHUP ─────────────────────────────────────────────────────────────────────────────────────
+
+story("SIGHUP opens the log file anew and refreshes the configuration", async (s) => {
+  s.group({ name: "web", ...roomy });
+  const { daemon } = await s.start("-l", "max_group.log");
+  const log = Bun.file(`${s.folder}/max_group.log`);
+  const rotated = Bun.file(`${s.folder}/max_group.log.1`);
+  expect(await log.text()).toContain("Loaded maxgroup web");
+  await Bun.write(rotated, "");
+  const { renameSync } = await import("node:fs");
+  renameSync(`${s.folder}/max_group.log`, `${s.folder}/max_group.log.1`);
+  s.world.createGroup({ name: "late", ...roomy });
+  s.configure({ groups: { late: {} } });
+  daemon.signal("SIGHUP");
+  let text = "";
+  await s.until("the new group is loaded, in the new file", 10, () => {
+    void (async () => {
+      if (await log.exists()) text = await log.text();
+    })();
+    return text.includes("Loaded maxgroup late");
+  });
+  expect(await rotated.text()).not.toContain("late");
+  expect(daemon.isAlive).toBe(true);
+  expect(daemon.lines).toEqual([]);
+});
+
+story("SIGHUP with a broken configuration keeps the last good one, and says what is wrong", async (s) => {
+  const old = first(s.group({ name: "web", ...tight }));
+  const { daemon } = await s.start();
+  s.world.s3.put("max-group-conf", "service_config.json", '{"global": ');
+  daemon.signal("SIGHUP");
+  await s.until("it says so", 10, () => daemon.has(/could not be refreshed.*not valid JSON/));
+  s.interrupt(old);
+  await s.finish([old]);
+});
+
+story("the log is logfmt with the manual's milestones, in order", async (s) => {
+  s.group({ name: "web", ...roomy });
+  const { daemon } = await s.start();
+  await daemon.end("SIGTERM");
+  const milestones = [
+    "group web is suitable for max group",
+    "Loaded maxgroup web",
+    `interruption sqs:${s.queues.interruption}`,
+    `Detach sqs:${s.queues.detach}`,
+    "start instance manager...",
+    "start interruption handler...",
+    "start dettach handler...",
+    "start termination handler...",
+  ];
+  const places = milestones.map((text) => daemon.lines.findIndex((line) => line.includes(`msg="${text}"`)));
+  expect(places).not.toContain(-1);
+  expect(places).toEqual(places.toSorted((a, b) => a - b));
+  for (const line of daemon.lines)
+    expect(line).toMatch(/^time="\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ" level=(debug|info|warning|error) msg="/);
+});

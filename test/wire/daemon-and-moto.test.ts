@@ -1,0 +1,132 @@
+// The compiled program against moto, the second opinion on the wire formats: one notice in a group at minimum =
+// maximum, one in a mixed group, followed to the end of the last message.
+import { afterAll, expect, test } from "bun:test";
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+import { type AutoScalingGroup, DescribeAutoScalingGroupsCommand } from "@aws-sdk/client-auto-scaling";
+import { DescribeInstancesCommand, type Instance } from "@aws-sdk/client-ec2";
+import { PutObjectCommand } from "@aws-sdk/client-s3";
+import { GetQueueAttributesCommand, SendMessageCommand } from "@aws-sdk/client-sqs";
+import { destroyClients, REGION, type SdkClients, sdkClients, setUp, startMoto } from "./moto.ts";
+
+const binary = process.env.MAX_GROUP_BINARY ?? join(import.meta.dir, "../../dist/max_group");
+const moto = await startMoto();
+const clients: SdkClients | undefined = moto && sdkClients(moto.url);
+afterAll(async () => {
+  if (clients) destroyClients(clients);
+  await moto?.stop();
+});
+
+async function groupOf({ autoscaling }: SdkClients, name: string): Promise<AutoScalingGroup> {
+  const { AutoScalingGroups: [group] = [] } = await autoscaling.send(
+    new DescribeAutoScalingGroupsCommand({ AutoScalingGroupNames: [name] }),
+  );
+  if (!group) throw new Error(`no group ${name}`);
+  return group;
+}
+const sizesOf = ({ MinSize, MaxSize, DesiredCapacity, MixedInstancesPolicy }: AutoScalingGroup) => ({
+  MinSize,
+  MaxSize,
+  DesiredCapacity,
+  MixedInstancesPolicy,
+});
+const inService = (group: AutoScalingGroup) =>
+  (group.Instances ?? []).filter((i) => i.LifecycleState === "InService").map((i) => i.InstanceId ?? "");
+
+async function claims({ ec2 }: SdkClients): Promise<Instance[]> {
+  const { Reservations = [] } = await ec2.send(
+    new DescribeInstancesCommand({ Filters: [{ Name: "tag-key", Values: ["spotmax:replaces"] }] }),
+  );
+  return Reservations.flatMap((r) => r.Instances ?? []);
+}
+const tag = (i: Instance, key: string) => i.Tags?.find((t) => t.Key === key)?.Value;
+
+async function depth({ sqs }: SdkClients, url: string): Promise<number> {
+  const { Attributes = {} } = await sqs.send(new GetQueueAttributesCommand({ QueueUrl: url, AttributeNames: ["All"] }));
+  const counts: Record<string, string | undefined> = Attributes;
+  return ["", "NotVisible", "Delayed"].reduce((sum, kind) => sum + Number(counts[`ApproximateNumberOfMessages${kind}`] ?? 0), 0);
+}
+
+async function until(what: string, seconds: number, done: () => Promise<boolean>): Promise<void> {
+  for (const end = Date.now() + seconds * 1000; Date.now() < end; await Bun.sleep(250)) if (await done()) return;
+  throw new Error(`not within ${seconds} s: ${what}`);
+}
+
+/** Two minutes' notice of which 110 s have passed: the rest of the story fits into a test. */
+const lateNotice = (instance: string) => ({
+  version: "0",
+  id: crypto.randomUUID(),
+  "detail-type": "EC2 Spot Instance Interruption Warning",
+  source: "aws.ec2",
+  account: "123456789012",
+  time: new Date(Date.now() - 100_000).toISOString(),
+  region: REGION,
+  resources: [`arn:aws:ec2:${REGION}a:instance/${instance}`],
+  detail: { "instance-id": instance, "instance-action": "terminate" },
+});
+
+test.skipIf(!moto)(
+  "the compiled program replaces interrupted instances at moto: at minimum = maximum and in a mixed group",
+  async () => {
+    if (!moto || !clients) return;
+    if (!existsSync(binary)) throw new Error(`${binary} is missing: run make build`);
+    const fixed = await setUp(clients, { group: "fixed", min: 2, max: 2, desired: 2, types: ["m5.large"] });
+    const mixed = await setUp(clients, { group: "mixed", min: 1, max: 5, desired: 3, bucket: "other-bucket" });
+    const queue = (q: { url: string }) => ({ queue_url: q.url });
+    const { queues } = fixed;
+    const config = {
+      global: {
+        interruption_evt_sqs: queue(queues.interruption),
+        detach_evt_sqs: queue(queues.detach),
+        termination_evt_sqs: queue(queues.termination),
+      },
+      groups: { fixed: {}, mixed: {} },
+    };
+    await clients.s3.send(
+      new PutObjectCommand({ Bucket: fixed.bucket, Key: "service_config.json", Body: JSON.stringify(config) }),
+    );
+    const before = { fixed: sizesOf(await groupOf(clients, "fixed")), mixed: sizesOf(await groupOf(clients, "mixed")) };
+    const olds = [fixed.memberIds[0] ?? "", mixed.memberIds[0] ?? ""];
+
+    const daemon = Bun.spawn([binary, "-b", fixed.bucket, "-r", REGION], {
+      env: { AWS_ENDPOINT_URL: moto.url, AWS_ACCESS_KEY_ID: "test", AWS_SECRET_ACCESS_KEY: "test", PATH: process.env.PATH ?? "" },
+      stderr: "pipe",
+      stdout: "ignore",
+    });
+    const log = new Response(daemon.stderr).text();
+    try {
+      for (const old of olds)
+        await clients.sqs.send(
+          new SendMessageCommand({ QueueUrl: queues.interruption.url, MessageBody: JSON.stringify(lateNotice(old)) }),
+        );
+      const least = { fixed: 2, mixed: 3 };
+      await until("both are replaced and every queue is empty", 110, async () => {
+        for (const name of ["fixed", "mixed"] as const)
+          least[name] = Math.min(least[name], inService(await groupOf(clients, name)).length);
+        const left = await Promise.all(
+          [queues.interruption, queues.detach, queues.termination].map((q) => depth(clients, q.url)),
+        );
+        return (await claims(clients)).filter((c) => tag(c, "spotmax:attached")).length === 2 && left.every((n) => n === 0);
+      });
+      await until("the maximum is put back", 30, async () => (await groupOf(clients, "fixed")).MaxSize === 2);
+      expect(least).toEqual({ fixed: 2, mixed: 3 });
+      expect((await claims(clients)).map((c) => tag(c, "spotmax:replaces")).sort()).toEqual(olds.toSorted());
+      for (const [name, sizes] of Object.entries(before)) {
+        const group = await groupOf(clients, name);
+        expect(sizesOf(group)).toEqual(sizes);
+        expect(inService(group).length).toBe(sizes.DesiredCapacity ?? 0);
+        expect(inService(group).filter((id) => olds.includes(id))).toEqual([]);
+        expect((group.Tags ?? []).filter((t) => t.Key?.startsWith("spotmax:"))).toEqual([]);
+      }
+      const { Reservations = [] } = await clients.ec2.send(new DescribeInstancesCommand({ InstanceIds: olds }));
+      for (const i of Reservations.flatMap((r) => r.Instances ?? [])) expect(i.State?.Name).toBe("terminated");
+      expect(await depth(clients, queues.deadLetter.url)).toBe(0);
+    } catch (cause) {
+      daemon.kill();
+      throw new Error(`the program's log:\n${await log}`, { cause });
+    }
+    daemon.kill("SIGTERM");
+    expect(await daemon.exited).toBe(0);
+  },
+  180_000,
+);
