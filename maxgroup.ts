@@ -179,21 +179,27 @@ export function nearest(name: string, known: string[]): string | undefined {
     }
     return row[b.length] ?? 0;
   };
+  const longer = known.find((k) => name.length > 3 && k.startsWith(name));
+  if (longer) return longer;
   const [best] = known.map((k) => ({ k, d: distance(name, k) })).sort((x, y) => x.d - y.d);
   return best && best.d <= Math.max(2, name.length / 3) ? best.k : undefined;
 }
 
 /** An object that refuses keys it does not know; valibot's own strictObject stops at the first of them. */
-function closed<E extends v.ObjectEntries>(entries: E, also?: RegExp) {
+function closed<E extends v.ObjectEntries>(entries: E, also?: { key: RegExp; value: RegExp; allowed: string }) {
   return v.pipe(
     v.looseObject(entries, "an object"),
     v.rawCheck(({ dataset, addIssue }) => {
       const input: unknown = dataset.value;
       if (typeof input !== "object" || input === null) return;
       for (const [key, value] of Object.entries(input)) {
-        if (key in entries || also?.test(key)) continue;
+        if (key in entries) continue;
         const near = nearest(key, Object.keys(entries));
-        const message = `no such key${near ? `; did you mean "${near}"?` : `; known here: ${Object.keys(entries).join(", ")}`}`;
+        let message = `no such key${near ? `; did you mean "${near}"?` : `; known here: ${Object.keys(entries).join(", ")}`}`;
+        if (also?.key.test(key)) {
+          if (typeof value === "string" && also.value.test(value)) continue;
+          message = also.allowed;
+        }
         addIssue({
           message,
           input: value,
@@ -221,25 +227,10 @@ const groupSchema = v.pipe(
       ? (x as Record<string, unknown>)
       : { ...rest, detaching_delay_seconds: twice };
   }),
-  closed({ ...GROUP_OPTIONS }, ALT),
-  v.rawTransform(({ dataset, addIssue, NEVER }) => {
-    const { value } = dataset;
-    const alt: string[] = [];
-    let sound = true;
-    for (const [key, type] of Object.entries(value)
-      .filter(([key]) => ALT.test(key))
-      .sort(([a], [b]) => Number(a.slice(3)) - Number(b.slice(3)))) {
-      if (typeof type === "string" && INSTANCE_TYPE.test(type)) alt.push(type);
-      else {
-        addIssue({
-          message: "an instance type such as m5.large",
-          input: type,
-          path: [{ type: "object", origin: "value", input: value, key, value: type }],
-        });
-        sound = false;
-      }
-    }
-    return sound ? { ...value, alt } : NEVER;
+  closed({ ...GROUP_OPTIONS }, { key: ALT, value: INSTANCE_TYPE, allowed: "an instance type such as m5.large" }),
+  v.transform((options) => {
+    const alts = Object.entries(options).filter(([key]) => ALT.test(key));
+    return { ...options, alt: alts.sort(([a], [b]) => Number(a.slice(3)) - Number(b.slice(3))).map(([, type]) => String(type)) };
   }),
 );
 const ServiceConfig = closed({
@@ -1105,13 +1096,15 @@ const carriedSchema = v.object({
   dueMs: v.optional(v.number()),
   oldProtected: v.optional(v.boolean(), false),
   detachSent: v.optional(v.boolean(), false),
+  // Another version's options are left out, so that two versions can share the queues while one is replaced.
   options: v.pipe(
     v.record(v.string(), v.unknown()),
-    v.transform(({ alt, ...rest }) => ({ alt, rest })),
-    v.transform(({ alt, rest }) => {
-      const names = Array.isArray(alt) ? alt.map((type, i) => [`alt${i + 1}`, type]) : [];
-      return v.parse(groupSchema, { ...rest, ...Object.fromEntries(names) });
+    v.transform(({ alt, ...rest }) => {
+      const known = Object.entries(rest).filter(([name]) => name in GROUP_OPTIONS);
+      const alts = Array.isArray(alt) ? alt.map((type, i) => [`alt${i + 1}`, type]) : [];
+      return Object.fromEntries([...known, ...alts]);
     }),
+    groupSchema,
   ),
 });
 export type Carried = v.InferOutput<typeof carriedSchema>;

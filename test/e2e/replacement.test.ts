@@ -1,6 +1,8 @@
 // The compiled binary replaces interrupted instances over HTTP. Every story is its own world, port and process, and
 // all run at once; `finish` checks at each end what must hold whatever happens.
 import { expect, test } from "bun:test";
+import { existsSync, readFileSync, renameSync } from "node:fs";
+import { join } from "node:path";
 import type { Delays } from "../aws/world.ts";
 import { only, onStage, type Scene, sleep } from "./harness.ts";
 
@@ -292,23 +294,18 @@ story("two daemons on the same queues: one replacement in the group for each, no
 story("SIGHUP opens the log file anew and refreshes the configuration", async (s) => {
   s.group({ name: "web", ...roomy });
   const { daemon } = await s.start("-l", "max_group.log");
-  const log = Bun.file(`${s.folder}/max_group.log`);
-  const rotated = Bun.file(`${s.folder}/max_group.log.1`);
-  expect(await log.text()).toContain("Loaded maxgroup web");
-  await Bun.write(rotated, "");
-  const { renameSync } = await import("node:fs");
-  renameSync(`${s.folder}/max_group.log`, `${s.folder}/max_group.log.1`);
+  const [log, rotated] = [join(s.folder, "max_group.log"), join(s.folder, "max_group.log.1")];
+  await s.until("the group is loaded", 10, () => readFileSync(log, "utf8").includes("Loaded maxgroup web"));
+  renameSync(log, rotated);
   s.world.createGroup({ name: "late", ...roomy });
   s.configure({ groups: { late: {} } });
   daemon.signal("SIGHUP");
-  let text = "";
-  await s.until("the new group is loaded, in the new file", 10, () => {
-    void (async () => {
-      if (await log.exists()) text = await log.text();
-    })();
-    return text.includes("Loaded maxgroup late");
-  });
-  expect(await rotated.text()).not.toContain("late");
+  await s.until(
+    "the new group is loaded, and the new file says so",
+    10,
+    () => existsSync(log) && readFileSync(log, "utf8").includes("Loaded maxgroup late"),
+  );
+  expect(readFileSync(rotated, "utf8")).not.toContain("late");
   expect(daemon.isAlive).toBe(true);
   expect(daemon.lines).toEqual([]);
 });

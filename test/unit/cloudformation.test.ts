@@ -45,12 +45,9 @@ const describeActions = [
   "autoscaling:DescribeAutoScalingInstances",
   "autoscaling:DescribeLifecycleHooks",
   "autoscaling:DescribeScalingActivities",
-  "autoscaling:DescribeTags",
   "ec2:DescribeInstances",
-  "ec2:DescribeInstanceTypeOfferings",
   "ec2:DescribeLaunchTemplateVersions",
   "ec2:DescribeSubnets",
-  "ec2:GetInstanceTypesFromInstanceRequirements",
   "elasticloadbalancing:DescribeTargetHealth",
 ];
 /** These act on "*", limited by a condition. */

@@ -1,0 +1,360 @@
+// Attempts to break the invariants: each test names the rule that it attacks.
+import { expect, test } from "bun:test";
+import { AwsError, type Call, type Fault } from "../aws/world.ts";
+import { type Daemon, Stage } from "./harness.ts";
+
+const three = { min: 3, max: 5, desired: 3 };
+const full = { min: 3, max: 3, desired: 3 };
+const first = <T>(list: readonly T[]): T => {
+  const [one] = list;
+  if (one === undefined) throw new Error("nothing there");
+  return one;
+};
+const internal = () => new AwsError("InternalError", "internal", 500);
+const claims = (s: Stage) => [...s.world.ec2.instances.values()].filter((i) => i.tags.has("spotmax:replaces"));
+const sizes = (s: Stage, name = "web") => {
+  const g = s.world.autoscaling.groups.get(name);
+  return [g?.min, g?.max, g?.desired];
+};
+/** The fault once, at the n-th call of this operation. */
+const once = (s: Stage, operation: string, fault: Fault, nth = 1) => {
+  let n = 0;
+  s.world.intercept = (call: Call) => (call.operation === operation && ++n === nth ? fault : undefined);
+};
+/** A daemon that receives nothing more from this queue. */
+const deaf = (d: Daemon) => {
+  const open = d.ctx.deps.sqs;
+  d.ctx.deps.sqs = (url) => {
+    const inner = open(url);
+    const send = (command: { constructor: { name: string } }, o: unknown) =>
+      command.constructor.name === "ReceiveMessageCommand"
+        ? new Promise(() => undefined)
+        : (inner.send as (c: unknown, o: unknown) => unknown)(command, o);
+    return { send } as never;
+  };
+};
+const story = (s: Stage) => `\n${s.lines.join("")}`;
+/** Runs to quiet and checks; what fails carries the log. */
+async function ends(s: Stage, olds: string[], want: Record<string, [number, number, number]>, o: object = {}, seconds = 3600) {
+  try {
+    await s.quiet(seconds);
+    s.check(olds, want, o);
+  } catch (cause) {
+    throw new Error(`${(cause as Error).message} ${JSON.stringify(sizes(s))} ${process.env.STORY ? story(s) : ""}`, { cause });
+  }
+}
+
+test("two daemons that raise one maximum at once terminate nobody and put it back", async () => {
+  for (let seed = 1; seed <= 15; seed++) {
+    const s = new Stage({ seed, latencyMs: [20, 400] });
+    const olds = s.group({ name: "web", min: 12, max: 12, desired: 12 }).slice(0, 8);
+    await s.start();
+    await s.start();
+    olds.forEach((old, n) => s.world.after(n * 700, () => s.world.interrupt(old, { keepCapacity: true })));
+    await ends(s, olds, { web: [12, 12, 12] }, { launches: claims(s).length || 8 });
+  }
+}, 60_000);
+
+test("an attach whose answer was lost, under stale reads, does not end the member", async () => {
+  for (let seed = 1; seed <= 10; seed++) {
+    const s = new Stage({ seed, staleMs: 8_000 });
+    const old = first(s.group({ name: "web", ...three }));
+    await s.start();
+    once(s, "AttachInstances", { after: new AwsError("ResourceContention", "contention", 500) });
+    s.world.interrupt(old);
+    await ends(s, [old], { web: [3, 5, 3] });
+  }
+});
+
+test("a replacement that dies as a member leaves desired as it was", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 60 }));
+  await s.start();
+  s.world.interrupt(old);
+  await s.until(() => s.world.audit.some((a) => a.what === "in service"), 60);
+  await s.call("ec2", "TerminateInstances", { InstanceIds: [first(s.openClaims())] });
+  await s.quiet(3600);
+  expect(sizes(s)).toEqual([3, 5, 3]);
+});
+
+test("a replacement that dies as a member, no deadline, leaves desired as it was", async () => {
+  const s = new Stage();
+  const old = first(
+    s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 60 }),
+  );
+  await s.start();
+  s.world.rebalance(old);
+  await s.until(() => s.world.audit.some((a) => a.what === "in service"), 60);
+  await s.call("ec2", "TerminateInstances", { InstanceIds: [first(s.openClaims())] });
+  await s.quiet(3600);
+  expect(sizes(s)).toEqual([3, 5, 3]);
+});
+
+test("what was let go without a deadline is ended, also under stale reads", async () => {
+  for (let seed = 1; seed <= 10; seed++) {
+    const s = new Stage({ seed, staleMs: 10_000 });
+    const old = first(
+      s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true, preaction_termination_delay_seconds: 0 }),
+    );
+    await s.start();
+    s.world.rebalance(old);
+    await s.quiet(3600);
+    await s.seconds(120);
+    expect([seed, s.world.instance(old).group, s.world.instance(old).state]).toEqual([seed, undefined, "terminated"]);
+  }
+});
+
+test("a launch whose answers are all lost is looked for before the next rung", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }));
+  await s.start();
+  let n = 0;
+  s.world.intercept = ({ operation }) => (operation === "CreateFleet" && ++n <= 6 ? { after: internal() } : undefined);
+  s.world.interrupt(old);
+  await ends(s, [old], { web: [3, 5, 3] });
+});
+
+test("SIGTERM while a launch call is being repeated launches nothing more", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }));
+  const d = await s.start();
+  let n = 0;
+  s.world.intercept = ({ operation }) => {
+    if (operation !== "CreateFleet") return undefined;
+    if (++n === 1) s.world.after(100, () => d.sigterm());
+    return n === 1 ? { after: internal() } : undefined;
+  };
+  s.world.interrupt(old);
+  await s.seconds(12);
+  await s.start();
+  await ends(s, [old], { web: [3, 5, 3] });
+});
+
+test("a receive that hangs for ever does not make the daemon deaf", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }));
+  let hung = 0;
+  s.world.intercept = ({ operation, input }) =>
+    operation === "ReceiveMessage" && (input as { QueueUrl: string }).QueueUrl === s.queues.interruption && ++hung === 1
+      ? { hang: true }
+      : undefined;
+  await s.start();
+  await s.seconds(60);
+  s.world.interrupt(old);
+  await ends(s, [old], { web: [3, 5, 3] }, {}, 600);
+});
+
+test("a deferred notice does not follow its instance into a group that is not configured", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));
+  s.world.createGroup({ name: "other", min: 0, max: 9, desired: 1 });
+  s.world.instance(old).launchedAtMs = s.clock.now() - 300_000; // too young: a copy for later
+  await s.start();
+  s.world.rebalance(old);
+  await s.seconds(30);
+  await s.call("autoscaling", "DetachInstances", {
+    AutoScalingGroupName: "web",
+    InstanceIds: [old],
+    ShouldDecrementDesiredCapacity: false,
+  });
+  await s.seconds(20);
+  await s.call("autoscaling", "AttachInstances", { AutoScalingGroupName: "other", InstanceIds: [old] });
+  await s.seconds(900);
+  expect(claims(s).length).toBe(0);
+  expect(s.world.instance(old).group).toBe("other");
+});
+
+test("reminders do not multiply detach messages", async () => {
+  const s = new Stage({ healthyMs: [1e9, 1e9] });
+  const old = first(s.group({ name: "web", ...three, targetGroups: ["tg"] }, { is_to_handle_rebalance_event: true }));
+  await s.start({ level: "info" });
+  s.world.rebalance(old);
+  await s.seconds(3 * 3600);
+  const { visible, delayed, inFlight } = s.world.queueDepth(s.queues.detach);
+  expect(visible + delayed + inFlight).toBeLessThan(3);
+});
+
+test("capacity errors thrown by the call itself cost no time", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }));
+  await s.start();
+  s.world.ec2.capacityErrorsAsCall = true;
+  for (const type of ["m5.large", "m5a.large", "m4.large"])
+    for (const z of "abc") s.world.pool("spot", type, `us-east-1${z}`).capacity = 0;
+  const startMs = s.clock.now();
+  s.world.interrupt(old);
+  await s.until(() => claims(s).length > 0, 120);
+  expect((s.clock.now() - startMs) / 1000).toBeLessThan(3);
+});
+
+test("a template that asks for spot: nine empty pools are passed in seconds", async () => {
+  const s = new Stage();
+  const old = first(
+    s.group({
+      name: "web",
+      ...three,
+      types: ["m5.large", "m5a.large", "m4.large"],
+      template: { InstanceMarketOptions: { MarketType: "spot" } },
+    }),
+  );
+  await s.start();
+  for (const type of ["m5.large", "m5a.large", "m4.large"])
+    for (const z of "abc") s.world.pool("spot", type, `us-east-1${z}`).capacity = type === "m4.large" && z === "c" ? 5 : 0;
+  const startMs = s.clock.now();
+  s.world.interrupt(old);
+  await s.until(() => claims(s).length > 0, 240);
+  expect((s.clock.now() - startMs) / 1000).toBeLessThan(10);
+});
+
+test("a replacement's own notice that reaches another daemon before the attach is not thrown away", async () => {
+  const s = new Stage({ pendingMs: [15_000, 15_000] });
+  const old = first(s.group({ name: "web", ...three }));
+  const a = await s.start();
+  await s.start();
+  await s.seconds(1);
+  // B hears nothing of the first notice; A nothing of the second.
+  s.world.interrupt(old);
+  await s.until(() => s.openClaims().length === 1, 30);
+  deaf(a);
+  const claim = first(s.openClaims());
+  await s.seconds(21); // A's last long poll has ended; the claim is a member by now, unless pending is longer
+  s.world.interrupt(claim);
+  await s.quiet(3600);
+  expect(s.least("web")).toBe(3);
+});
+
+test("the group is deleted right after the detach: what was let go is ended", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));
+  const d = await s.start();
+  s.world.rebalance(old);
+  await s.until(() => s.world.audit.some((a) => a.what === "detach"), 200);
+  d.kill();
+  await s.seconds(10);
+  await s.call("autoscaling", "DeleteAutoScalingGroup", { AutoScalingGroupName: "web", ForceDelete: true });
+  await s.seconds(120);
+  s.group({ name: "next", ...three });
+  delete s.groups.web;
+  await s.start();
+  await s.seconds(1800);
+  expect(s.world.instance(old).state).toBe("terminated");
+});
+
+test("an old one that the operator attached again does not block the group's limit for ever", async () => {
+  const s = new Stage();
+  const [old = "", other = ""] = s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true });
+  await s.start();
+  s.world.interrupt(old, { withoutReclaim: true });
+  await s.until(() => s.world.audit.some((a) => a.what === "detached"), 200);
+  await s.call("autoscaling", "AttachInstances", { AutoScalingGroupName: "web", InstanceIds: [old] });
+  await s.seconds(600);
+  s.world.rebalance(other);
+  await s.seconds(1800);
+  expect(s.world.instance(other).group).toBeUndefined();
+});
+
+test("a minimum that was raised meanwhile does not keep a claim open for ever", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 60 }));
+  await s.start();
+  s.world.interrupt(old);
+  await s.until(() => s.world.audit.some((a) => a.what === "in service"), 60);
+  await s.call("autoscaling", "UpdateAutoScalingGroup", { AutoScalingGroupName: "web", MinSize: 4 });
+  await s.quiet(3600);
+  expect(s.lines.filter((l) => l.startsWith("ERRO")).length).toBeLessThan(5);
+});
+
+test("duplicates do not raise the maximum by more than one", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...full }));
+  await s.start();
+  s.world.interrupt(old, { duplicates: 5 });
+  await ends(s, [old], { web: [3, 3, 3] });
+  expect(Math.max(...s.samples.map((x) => x.max))).toBe(4);
+});
+
+test("a big health event for ten instances is split, not sent to the dead-letter queue", async () => {
+  const s = new Stage();
+  const olds = s.group({ name: "web", min: 10, max: 12, desired: 10 }, { is_to_handle_maintenance_event: true });
+  await s.start();
+  const event = JSON.parse(
+    s.world.event("AWS Health Event", "aws.health", [], {
+      service: "EC2",
+      eventTypeCategory: "scheduledChange",
+      statusCode: "upcoming",
+      eventDescription: [{ language: "en_US", latestDescription: "x".repeat(30_000) }],
+      affectedEntities: olds.map((entityValue) => ({ entityValue })),
+    }),
+  ) as object;
+  s.world.sendRaw(s.queues.interruption, JSON.stringify(event));
+  await s.seconds(3600);
+  expect(s.world.queueDepth(s.queues.deadLetter).visible).toBe(0);
+});
+
+test("late replacements of a big wave: desired is what it was, although the newest hundred activities do not reach back", async () => {
+  const s = new Stage({ pendingMs: [100_000, 100_000], replaceMs: [5_000, 5_000] });
+  const olds = s.group({ name: "web", min: 150, max: 400, desired: 150 });
+  await s.start({ level: "info" });
+  await s.seconds(1);
+  for (const old of olds) s.world.interrupt(old, { eventDelayMs: 60_000, keepCapacity: true });
+  await s.quiet(7200);
+  expect(sizes(s)).toEqual([150, 400, 150]);
+}, 60_000);
+
+test("daemons whose clocks are two minutes apart detach nobody before the replacement is in service", async () => {
+  for (let seed = 1; seed <= 10; seed++) {
+    const s = new Stage({ seed });
+    const old = first(s.group({ name: "web", ...three }));
+    await s.start({ skewMs: -60_000 });
+    await s.start({ skewMs: 60_000 });
+    s.world.interrupt(old);
+    await ends(s, [old], { web: [3, 5, 3] });
+  }
+});
+
+test("a missing right to read lifecycle hooks does not stop the program", async () => {
+  const s = new Stage();
+  s.group({ name: "web", ...three });
+  s.world.denied.add("autoscaling:DescribeLifecycleHooks");
+  const started = s.start().catch((e: unknown) => e);
+  await s.until(() => s.lines.some((l) => l.includes("start interruption handler")), 30);
+  await started;
+});
+
+test("capacity that came back is found by the next notice, whatever the earlier one was answered", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three, types: ["m5.large", "m4.large"] }, { is_to_handle_rebalance_event: true }));
+  const pools = ["m5.large", "m4.large"].flatMap((t) => [..."abc"].map((z) => s.world.pool("spot", t, `us-east-1${z}`)));
+  for (const p of pools) p.capacity = 0;
+  await s.start();
+  s.world.rebalance(old);
+  await s.seconds(600);
+  for (const p of pools) p.capacity = 9;
+  s.world.rebalance(old);
+  await s.seconds(600);
+  expect(claims(s).length).toBe(1);
+});
+
+test("a replacement's replacement that came too late is surplus, also when it stands for the first old one", async () => {
+  for (const notice of [10, 20, 30, 40]) {
+    const s = new Stage({ replaceMs: [2_000, 2_000] });
+    const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 60 }));
+    await s.start();
+    s.world.interrupt(old);
+    await s.until(() => s.world.audit.some((a) => a.what === "in service"), 60);
+    s.world.interrupt(first(s.openClaims()), { noticeSeconds: notice });
+    await s.quiet(3600);
+    expect([notice, ...sizes(s)]).toEqual([notice, 3, 5, 3]);
+  }
+});
+test("message deletes that are refused do not multiply messages", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));
+  s.world.instance(old).launchedAtMs = s.clock.now();
+  s.world.denied.add("sqs:DeleteMessageBatch");
+  await s.start({ level: "error" });
+  s.world.rebalance(old);
+  await s.seconds(560);
+  const { visible, delayed, inFlight } = s.world.queueDepth(s.queues.interruption);
+  expect(visible + delayed + inFlight).toBeLessThan(20);
+});
