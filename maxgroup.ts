@@ -470,7 +470,8 @@ const status = (error: unknown): number => {
   return meta.httpStatusCode ?? 0;
 };
 const isRetryable = (error: unknown) =>
-  RETRYABLE.has(errorName(error)) || status(error instanceof Error && error.cause ? error.cause : error) >= 500;
+  !CAPACITY.has(errorName(error)) && // some of which come as HTTP 500
+  (RETRYABLE.has(errorName(error)) || status(error instanceof Error && error.cause ? error.cause : error) >= 500);
 /** The instance IDs that an error's text names. */
 const named = (error: unknown) => errorText(error).match(/\bi-[0-9a-f]{8,17}\b/g) ?? [];
 
@@ -980,6 +981,10 @@ export type State = {
   cache: Map<string, { atMs: number; value: Promise<unknown> }>;
   /** When the manager first saw a claim outside every group. */
   outsideSince: Map<string, number>;
+  /** When a detach message for an old instance was last in hand here. */
+  detachSeenMs: Map<string, number>;
+  /** Messages whose work is done and whose deletion failed: seen again, they are only deleted. */
+  finishedMs: Map<string, number>;
   /** Since when a claim is seen as it is, and when it was last acted on, by claim and matter. */
   actedMs: Map<string, number>;
   /** Resolves once the instance manager has had its first look. */
@@ -1009,6 +1014,8 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     cache: new Map(),
     outsideSince: new Map(),
     actedMs: new Map(),
+    detachSeenMs: new Map(),
+    finishedMs: new Map(),
     restoring: new Map(),
     firstPass: Promise.resolve(),
   };
@@ -1050,6 +1057,8 @@ type NoticeKind = {
   deadlineSeconds?: number;
   /** The IDs in the event's detail; an empty list: not for us. Throws where the detail is broken. */
   read: (detail: unknown) => string[];
+  /** The detail of a copy for one of them: what `read` needs and no more, for ten copies share 256 KiB. */
+  write?: (instance: string) => object;
 };
 const oneInstance = v.object({ "instance-id": instanceId });
 const healthEvent = v.object({
@@ -1080,6 +1089,7 @@ const NOTICES: Record<string, NoticeKind> = {
         ...new Set(affectedEntities.flatMap(({ entityValue = "" }) => (INSTANCE_ID.test(entityValue) ? [entityValue] : []))),
       ];
     },
+    write: (entityValue) => ({ service: "EC2", eventTypeCategory: "scheduledChange", affectedEntities: [{ entityValue }] }),
   },
 };
 const DETACH = "MaxGroup Detach";
@@ -1279,15 +1289,18 @@ async function receiveLoop(ctx: Ctx, name: QueueName): Promise<void> {
   let extras = 0;
   const receive = async (waitSeconds: number): Promise<boolean> => {
     const { queue_url, visibility_timeout_seconds, max_number_of_messages } = ctx.state.config.global[name];
-    const { Messages = [] } = await ctx.deps.sqs(queue_url).send(
-      new ReceiveMessageCommand({
-        QueueUrl: queue_url,
-        MaxNumberOfMessages: max_number_of_messages,
-        WaitTimeSeconds: waitSeconds,
-        VisibilityTimeout: visibility_timeout_seconds,
-        MessageSystemAttributeNames: ["ApproximateFirstReceiveTimestamp", "ApproximateReceiveCount"],
-      }),
-      { abortSignal: ctx.signal },
+    const command = new ReceiveMessageCommand({
+      QueueUrl: queue_url,
+      MaxNumberOfMessages: max_number_of_messages,
+      WaitTimeSeconds: waitSeconds,
+      VisibilityTimeout: visibility_timeout_seconds,
+      MessageSystemAttributeNames: ["ApproximateFirstReceiveTimestamp", "ApproximateReceiveCount"],
+    });
+    const { Messages = [] } = await aws(
+      ctx,
+      `receiving from ${name}`,
+      ({ abortSignal }) => ctx.deps.sqs(queue_url).send(command, { abortSignal: AbortSignal.any([abortSignal, ctx.signal]) }),
+      { tries: 1, timeoutMs: waitSeconds * 1000 + 10_000 },
     );
     failures = 0;
     for (const message of Messages) void take(ctx, name, queue_url, message);
@@ -1355,6 +1368,10 @@ async function take(ctx: Ctx, queue: QueueName, queueUrl: string, message: Messa
       mine.receipt = receipt; // delivered again while in hand: only the newest receipt deletes it
       return;
     }
+    if (ctx.state.finishedMs.has(key)) {
+      await ctx.cloud.remove({ queue: queueUrl, receipt });
+      return void ctx.state.finishedMs.delete(key);
+    }
     let notice: ReturnType<typeof readNotice>;
     try {
       notice = readNotice(body, queue);
@@ -1421,18 +1438,15 @@ function newWork(
 async function split(ctx: Ctx, queueUrl: string, receipt: string, body: string, notice: Notice, log: Log): Promise<void> {
   const members = await Promise.all(notice.instances.map((id) => ctx.cloud.member(id)));
   const ours = members.flatMap((m) => (m && ctx.state.groups.has(m.group) ? [m.id] : []));
-  const event = JSON.parse(body) as { detail: object };
-  await Promise.all(
-    ours.map((id) =>
-      ctx.cloud.send({
-        queue: queueUrl,
-        body: JSON.stringify({ ...event, detail: { ...event.detail, affectedEntities: [{ entityValue: id }] } }),
-        delaySeconds: 0,
-      }),
-    ),
-  );
+  await Promise.all(ours.map((id) => ctx.cloud.send({ queue: queueUrl, body: copyOf(body, notice, id), delaySeconds: 0 })));
   log.debug(`${notice.type} names ${notice.instances.length} instances, ${ours.length} of them ours`);
   await ctx.cloud.remove({ queue: queueUrl, receipt });
+}
+/** The event once more, for one instance. */
+function copyOf(body: string, notice: Notice, instance: string, maxgroup?: Carried): string {
+  const { version, id, time, source } = JSON.parse(body) as Record<string, unknown>;
+  const detail = NOTICES[notice.type]?.write?.(instance) ?? { "instance-id": instance };
+  return JSON.stringify({ version, id, "detail-type": notice.type, source, time, detail, maxgroup });
 }
 
 async function handle(ctx: Ctx, key: string, work: Work): Promise<void> {
@@ -1444,7 +1458,10 @@ async function handle(ctx: Ctx, key: string, work: Work): Promise<void> {
       work.log.debug(`later: ${result.reason}`, { afterSeconds: result.afterSeconds });
       await sendCopy(ctx, work, result.afterSeconds);
     } else if (result.is === "skip") work.log[result.level](result.reason);
-    await remove().catch((error: unknown) => work.log.debug(`deleting a finished message: ${errorText(error)}`)); // it comes again and changes nothing
+    await remove().catch((error: unknown) => {
+      work.log.debug(`deleting a finished message: ${errorText(error)}`); // it comes again, and is deleted then
+      ctx.state.finishedMs.set(key, ctx.deps.now());
+    });
   } catch (error) {
     if (error instanceof Stopped) return await hold(ctx, work, 0);
     work.log.error(`${errorText(error)}; the message comes again`, { error: errorName(error) });
@@ -1491,10 +1508,13 @@ function carriedBy(work: Work, dueMs?: number): Carried {
 }
 /** The message once more, later, with what is known by now. */
 async function sendCopy(ctx: Ctx, work: Work, afterSeconds: number): Promise<void> {
-  const event = JSON.parse(work.body) as object;
   const dueMs = ctx.deps.now() + afterSeconds * 1000;
   const maxgroup = work.group ? carriedBy(work, afterSeconds > 900 ? dueMs : undefined) : undefined;
-  await ctx.cloud.send({ queue: work.queueUrl, body: JSON.stringify({ ...event, maxgroup }), delaySeconds: afterSeconds });
+  await ctx.cloud.send({
+    queue: work.queueUrl,
+    body: copyOf(work.body, work.notice, work.instance, maxgroup),
+    delaySeconds: afterSeconds,
+  });
 }
 /** A message of our own to the next queue. */
 async function sendFollowUp(ctx: Ctx, work: Work, to: QueueName, type: string, delaySeconds: number): Promise<void> {
@@ -1533,7 +1553,9 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   if (!member) await ctx.state.firstPass; // only now is it known what was begun before a restart
   const name = member?.group ?? (notice.carried?.group || claimGroup(ctx, instance));
   const known = name ? ctx.state.groups.get(name) : undefined;
-  if (!name || !(known || notice.carried)) return foreign(ctx, work, member);
+  // What was begun is finished in its own group, and nowhere else.
+  const isBegun = notice.carried?.group === name;
+  if (!name || !(known || isBegun)) return foreign(ctx, work, member);
   if (known?.broken && !notice.carried) return retry(`group ${name} is left out at the moment: ${known.broken}`, 10);
 
   work.group = name;
@@ -1594,8 +1616,7 @@ async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promis
     return skip(member ? `member of ${member.group}, which is not configured` : "in no group: not ours");
   }
   remember(ctx, "spot", claim.type, claim.zone, RECLAIMED_MS, "reclaimed");
-  await ctx.cloud.terminate([claim.id]);
-  ctx.state.claims.delete(claim.id);
+  if (!(await endOutside(ctx, claim.id))) return again("our replacement has just become a member", 0);
   return skip(
     `our replacement for ${replacedBy(claim)} is itself being reclaimed before it was attached: ended, the next choice follows`,
     "warn",
@@ -1618,10 +1639,12 @@ async function admit(ctx: Ctx, work: Work, old: Ec2Instance | undefined): Promis
       { Name: `tag:${TAG.detached}`, Values: [work.group] },
       { Name: "instance-state-name", Values: ["running"] },
     ]);
+    const members = await Promise.all(detached.map((i) => ctx.cloud.member(i.id))); // attached again by somebody: not on its way
+    const leaving = detached.filter((_, n) => !members[n]);
     const olds = new Set([
       ...admitted,
       ...tagged.flatMap((c) => (isSettled(c) ? [] : [replacedBy(c) ?? c.id])),
-      ...detached.map((i) => i.id),
+      ...leaving.map((i) => i.id),
     ]);
     olds.delete(work.instance);
     if (olds.size < limit) admitted.add(work.instance);
@@ -1879,6 +1902,7 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
     ...(rung === "on-demand" && old.spot ? [{ Key: TAG.fallback, Value: "on-demand" }] : []),
   ];
   const attempt = Math.max(...items.map((i) => i.work.attempt));
+  const token = `${attempt} ${items.map((i) => i.work.notice.id).sort()}`;
   for (const i of items) {
     i.work.launchOut = true;
     i.work.log.debug(`asking for ${lifecycle}`, {
@@ -1891,8 +1915,8 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
   let ids: string[] = [];
   try {
     ids = asksForSpot
-      ? await runInstances(ctx, pools, lifecycle, tags, items.length, attempt)
-      : await createFleet(ctx, group, pools, lifecycle, tags, items.length, attempt);
+      ? await runInstances(ctx, pools, lifecycle, tags, items.length, token)
+      : await createFleet(ctx, group, pools, lifecycle, tags, items.length, token);
   } catch (error) {
     // Nobody knows what became of the call: going on with other parameters could launch twice.
     if (error instanceof Stopped || isRetryable(error)) throw error;
@@ -1932,8 +1956,8 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
 /** The same call with the same token until there is an answer, for about two minutes. */
 const LAUNCH_CALL = { tries: 30, timeoutMs: 20_000 };
 
-/** The token covers all that the request says, and the attempt: a second try with other types under the first one's token is refused. */
-const tokenOf = (request: object, attempt: number) =>
+/** The token covers all that the request says, the notices and the attempt: AWS may repeat its answer, and "nothing" too, for an hour. A second try with other types under the first one's token is refused. */
+const tokenOf = (request: object, attempt: string) =>
   createHash("sha256")
     .update(JSON.stringify([request, attempt]))
     .digest("hex");
@@ -1986,7 +2010,7 @@ async function createFleet(
   lifecycle: "spot" | "on-demand",
   tags: { Key: string; Value: string }[],
   count: number,
-  attempt: number,
+  attempt: string,
 ): Promise<string[]> {
   const request = fleetRequest(group, pools, lifecycle, tags, count);
   const input = { ...request, ClientToken: tokenOf(request, attempt) };
@@ -2019,7 +2043,7 @@ async function runInstances(
   lifecycle: "spot" | "on-demand",
   tags: { Key: string; Value: string }[],
   count: number,
-  attempt: number,
+  attempt: string,
 ): Promise<string[]> {
   if (lifecycle === "on-demand")
     throw Object.assign(new Error("the launch template asks for spot itself: on-demand cannot be had from it"), {
@@ -2146,7 +2170,11 @@ export function readMaxTag(tag: string | undefined): { original: number; raised:
   const [, original, raised] = /^(\d+)\/(\d+)$/.exec(tag ?? "") ?? [];
   return original && raised ? { original: Number(original), raised: Number(raised) } : undefined;
 }
-/** The maximum and tag that make room for `units` more, or undefined where there is room. */
+/**
+ * The maximum and tag that make room for `units` more, or undefined where there is room. It is twice the original
+ * one, whatever is needed now: two daemons may raise at once, AWS has no conditional update, and of two different
+ * values the lower one, coming last, would end members.
+ */
 export function raisedMax(
   group: Pick<Group, "desired" | "max" | "tags">,
   units: number,
@@ -2155,7 +2183,8 @@ export function raisedMax(
   if (need <= group.max) return undefined;
   const ours = readMaxTag(group.tags[TAG.maxSize]);
   const original = ours && group.max > ours.original && group.max <= ours.raised ? ours.original : group.max;
-  return { max: need, tag: `${original}/${need}` };
+  const max = Math.max(need, 2 * original);
+  return { max, tag: `${original}/${max}` };
 }
 
 const groupTag = (name: string, Key: string, Value?: string) => ({
@@ -2166,6 +2195,7 @@ const groupTag = (name: string, Key: string, Value?: string) => ({
   PropagateAtLaunch: false,
 });
 const OVER_LIMIT = /update the AutoScalingGroup sizes/;
+const ALREADY_IN = /already part of AutoScalingGroup:\s*([^\s.,]+)/;
 const isStaying = (m: Member | undefined): m is Member =>
   m !== undefined && (m.lifecycleState === "InService" || m.lifecycleState.startsWith("Pending"));
 
@@ -2175,20 +2205,9 @@ async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<ReturnT
 }
 
 async function raiseMaximum(ctx: Ctx, group: Group, units: number): Promise<void> {
-  if (!raisedMax(group, units)) return;
-  const { name } = group;
-  // For all that are on their way at once: a wave would else raise it for every twenty.
-  const coming = [...ctx.state.inHand.values()].filter(
-    (w) => w.group === name && w.claim && !group.members.has(w.claim) && w.queue === "interruption_evt_sqs",
-  );
-  const raised = raisedMax(
-    group,
-    Math.max(
-      units,
-      coming.reduce((sum, w) => sum + (w.member?.weight ?? 1), 0),
-    ),
-  );
+  const raised = raisedMax(group, units);
   if (!raised) return;
+  const { name } = group;
   // The tag first: a maximum raised without a record would never be put back.
   await aws(ctx, `recording the maximum of ${name}`, (o) =>
     ctx.deps.autoScaling.send(new CreateOrUpdateTagsCommand({ Tags: [groupTag(name, TAG.maxSize, raised.tag)] }), o),
@@ -2253,6 +2272,8 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
       if (OVER_LIMIT.test(text) && rounds < 5) continue; // somebody else took the room: read again, raise again
       for (const i of wanted) if (group?.members.has(i.claim)) attached(i.claim);
       const blamed = named((error as Error).cause).filter((id) => ids.includes(id));
+      // An answer was lost: AWS knows it as a member, whatever a describe that lags behind says.
+      if (ALREADY_IN.exec(text)?.[1] === name) for (const id of ids.length === 1 ? ids : blamed) attached(id);
       const refused = ids.length === 1 ? ids : blamed.length < ids.length ? blamed : [];
       for (const id of refused) if (!verdicts.has(id)) verdicts.set(id, { is: "refused", reason: text });
       if (!refused.length && !ids.some((id) => verdicts.has(id))) {
@@ -2274,6 +2295,17 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
   return items.map((i) => verdicts.get(i.claim) ?? { is: "later", reason: "no verdict" });
 }
 
+/** Ends a claim that two reads, ten seconds apart, show outside every group; describes may lag that far behind an attach. */
+async function endOutside(ctx: Ctx, claim: string): Promise<boolean> {
+  for (const waitMs of [0, 10_000]) {
+    await pause(ctx, waitMs);
+    if (await ctx.cloud.member(claim)) return false;
+  }
+  await ctx.cloud.terminate([claim]);
+  ctx.state.claims.delete(claim);
+  return true;
+}
+
 async function attach(ctx: Ctx, work: Work): Promise<Result> {
   const claim = work.claim ?? "";
   const shown = await claimsOf(ctx, work.instance);
@@ -2293,11 +2325,10 @@ async function attach(ctx: Ctx, work: Work): Promise<Result> {
     case "later":
       return again(verdict.reason, 5_000);
     case "not owed":
-      await ctx.cloud.terminate([claim]);
-      ctx.state.claims.delete(claim);
+      if (!(await endOutside(ctx, claim))) return again(`${claim} is a member after all`, 0);
       return skip(`${verdict.reason}: no replacement is owed, ${claim} is ended`, "info");
     case "refused":
-      await ctx.cloud.terminate([claim]);
+      if (!(await endOutside(ctx, claim))) return again(`${claim} is a member after all`, 0);
       work.log.error(`${verdict.reason}; ${claim} is ended`, { replacement: claim });
       return lostClaim(ctx, work, undefined);
   }
@@ -2335,20 +2366,7 @@ export function whenToDetach(x: {
   return nowMs >= deadlineMs - 30_000 && standing === "in service" && !refused ? "decrement" : "wait";
 }
 
-/** The living claim for an old instance, through replacements that were themselves replaced. */
-async function lastLiving(ctx: Ctx, old: string, depth = 0): Promise<Ec2Instance | undefined> {
-  const claims = await claimsOf(ctx, old);
-  const living = winner(claims);
-  if (living || depth > 4) return living;
-  for (const dead of claims) {
-    const next = await lastLiving(ctx, dead.id, depth + 1);
-    if (next) return next;
-  }
-  return undefined;
-}
-
-async function standingOf(ctx: Ctx, group: Group, claim: Ec2Instance | undefined): Promise<Standing> {
-  if (!claim) return "none";
+async function standingOf(ctx: Ctx, group: Group, claim: Ec2Instance): Promise<Standing> {
   const member = group.members.get(claim.id);
   if (!member || judgeState(member.lifecycleState) === "leaving") return "outside";
   if (member.lifecycleState !== "InService") return "joining";
@@ -2356,21 +2374,47 @@ async function standingOf(ctx: Ctx, group: Group, claim: Ec2Instance | undefined
   return healthy.every(Boolean) ? "healthy" : "in service";
 }
 
+/**
+ * Who takes an old instance's place: its living claim; where that one has died, the claim's own replacement, or
+ * the substitute that the group launched for it (desired still counts the dead one).
+ */
+async function standIn(ctx: Ctx, group: Group, old: string, depth = 0): Promise<{ claim?: Ec2Instance; standing: Standing }> {
+  const claims = await claimsOf(ctx, old);
+  const claim = winner(claims);
+  if (claim) return { claim, standing: await standingOf(ctx, group, claim) };
+  for (const dead of depth < 5 ? claims : []) {
+    if ((await howOldLeft(ctx, group.name, dead.id)) === "substituted") {
+      const others = [...group.members.values()].filter((m) => m.id !== old && m.lifecycleState === "InService");
+      const weight = group.members.get(old)?.weight ?? 1;
+      return { standing: others.reduce((sum, m) => sum + m.weight, 0) >= group.desired - weight ? "healthy" : "joining" };
+    }
+    const { standing } = await standIn(ctx, group, dead.id, depth + 1);
+    if (standing !== "none") return { standing };
+  }
+  return { standing: "none" };
+}
+
 async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
   if (work.deadlineMs !== undefined && work.leaseSeconds !== LEASE_SECONDS) {
     work.leaseSeconds = LEASE_SECONDS;
     void hold(ctx, work, LEASE_SECONDS);
   }
-  let claim: Ec2Instance | undefined;
+  ctx.state.detachSeenMs.set(work.instance, ctx.deps.now());
+  let known: Ec2Instance | undefined;
   for (let round = 0; ; round++) {
     const group = await ctx.cloud.group(work.group);
-    if (!group) return skip(`group ${work.group} is gone`, "info");
+    work.left = !isStaying(group?.members.get(work.instance));
     // Claims change seldom, groups often: the claim is looked for anew only now and then, and when it is missing.
-    if (!claim || !group.members.has(claim.id) || round % 10 === 0) claim = await lastLiving(ctx, work.instance);
-    work.claim = claim?.id;
-    work.left = !isStaying(group.members.get(work.instance));
+    const isKnown = known !== undefined && group?.members.has(known.id) && round % 10 !== 0;
+    const now = !group
+      ? { standing: "none" as const }
+      : known && isKnown
+        ? { claim: known, standing: await standingOf(ctx, group, known) }
+        : await standIn(ctx, group, work.instance);
+    known = now.claim;
+    work.claim = known?.id;
     if (work.left) return done;
-    const standing = await standingOf(ctx, group, claim);
+    const { standing } = now;
     const what = whenToDetach({ nowMs: ctx.deps.now(), deadlineMs: work.deadlineMs, standing, refused: work.refused });
     if (what !== "wait") {
       work.decrement = what === "decrement";
@@ -2378,7 +2422,7 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
     }
     if (work.deadlineMs === undefined) {
       if (standing === "none") return skip("its replacement is gone: the old one stays", "warn");
-      return retry(`replacement ${work.claim} is ${standing}`, work.refused ? 60 : 15);
+      return retry(`replacement ${work.claim ?? ""} is ${standing}`, work.refused ? 60 : 15);
     }
     await tick(ctx, 1_000);
   }
@@ -2412,7 +2456,7 @@ async function detachBatch(ctx: Ctx, name: string, items: DetachItem[]): Promise
   const ready: DetachItem[] = [];
   for (const item of items) {
     if (!isStaying(group?.members.get(item.old))) verdicts.set(item.old, "left");
-    else if (decrement && !item.forced && !inService(item.claim)) verdicts.set(item.old, "not ready");
+    else if (decrement && !item.forced && item.claim && !inService(item.claim)) verdicts.set(item.old, "not ready");
     else ready.push(item);
   }
   // An intention, not a fact: what is not detached after all is a member, and members are never ended.
@@ -2473,7 +2517,10 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
   const verdict = await lane(ctx, group).detach({ old: instance, claim, decrement, forced, oldProtected: work.oldProtected });
   switch (verdict) {
     case "detached":
-      if (decrement) work.log.info(`detached ${instance} from ${group}; ${claim} has taken its place`, { replacement: claim });
+      if (decrement)
+        work.log.info(`detached ${instance} from ${group}; ${claim ?? "the group's own substitute"} has taken its place`, {
+          replacement: claim,
+        });
       else
         work.log.warn(`detached ${instance} from ${group} without a replacement in service: the group substitutes it by itself`);
       return done;
@@ -2497,15 +2544,20 @@ async function sendTerminationMessage(ctx: Ctx, work: Work): Promise<Result> {
   return done;
 }
 
+const BELIEVED_MS = 5 * 60_000;
+
 async function terminate(ctx: Ctx, work: Work): Promise<Result> {
   const { instance, group } = work;
   const [old, member] = await Promise.all([ctx.cloud.instance(instance), ctx.cloud.member(instance)]);
   if (isGone(old)) return skip(`${instance} is ${old?.state ?? "gone"}`, "info");
-  if (member)
-    return judgeState(member.lifecycleState) === "leaving"
-      ? retry(`still ${member.lifecycleState}`, 5)
-      : skip(`${instance} is a member of ${member.group}: left alone`, "info");
-  if (old?.tags[TAG.detached] !== group) return skip(`${instance} carries no ${TAG.detached}=${group}: left alone`, "warn");
+  const isLeaving = member && judgeState(member.lifecycleState) === "leaving";
+  const isMarked = old?.tags[TAG.detached] === group;
+  // Describes lag: what speaks against the message is believed once it has had minutes to show.
+  const isFresh = ctx.deps.now() - (work.notice.timeMs ?? 0) < BELIEVED_MS;
+  if (member && (isLeaving || isFresh)) return retry(`still ${member.lifecycleState} in ${member.group}`, 5);
+  if (member) return skip(`${instance} is a member of ${member.group}: left alone`, "info");
+  if (!isMarked && isFresh) return retry(`carries no ${TAG.detached} yet`, 5);
+  if (!isMarked) return skip(`${instance} carries no ${TAG.detached}=${group}: left alone`, "warn");
   if (work.deadlineMs === undefined) {
     const { max_num_of_terminated_one_time: limit } = work.options;
     const room = await lane(ctx, group).exclusive(async () => {
@@ -2579,6 +2631,8 @@ function forget(ctx: Ctx, open: Ec2Instance[]): void {
   const alive = new Set(open.map((c) => c.id));
   for (const map of [ctx.state.outsideSince, ctx.state.actedMs])
     for (const key of map.keys()) if (!alive.has(key.split(" ")[0] ?? "")) map.delete(key);
+  for (const map of [ctx.state.detachSeenMs, ctx.state.finishedMs])
+    for (const [key, atMs] of map) if (ctx.deps.now() - atMs > 3_600_000) map.delete(key);
   for (const [key, untilMs] of ctx.state.failedPools) if (untilMs < ctx.deps.now()) ctx.state.failedPools.delete(key);
 }
 
@@ -2675,8 +2729,8 @@ async function actOnClaim(
     await settle(ctx, name, [{ id: claim.id, keepProtected }]);
     log.info(`settled ${claim.id}: ${old} has left ${name}`);
   } else if (what === "remind") {
-    const last = ctx.state.actedMs.get(`${claim.id} reminded`) ?? 0;
-    if (ctx.deps.now() - last < LEAK_MS) return;
+    const last = Math.max(ctx.state.actedMs.get(`${claim.id} reminded`) ?? 0, ctx.state.detachSeenMs.get(old) ?? 0);
+    if (ctx.deps.now() - last < LEAK_MS) return; // it is on its way
     ctx.state.actedMs.set(`${claim.id} reminded`, ctx.deps.now());
     const notice: Notice = {
       type: DETACH,
@@ -2697,14 +2751,18 @@ async function actOnClaim(
     log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
   } else if (!ended.has(name)) {
     ended.add(name);
-    await lane(ctx, name).exclusive(() =>
+    const input = { InstanceId: claim.id, ShouldDecrementDesiredCapacity: true };
+    const end = () =>
       aws(ctx, `ending the surplus ${claim.id}`, (o) =>
-        ctx.deps.autoScaling.send(
-          new TerminateInstanceInAutoScalingGroupCommand({ InstanceId: claim.id, ShouldDecrementDesiredCapacity: true }),
-          o,
-        ),
-      ),
-    );
+        ctx.deps.autoScaling.send(new TerminateInstanceInAutoScalingGroupCommand(input), o),
+      );
+    try {
+      await lane(ctx, name).exclusive(end);
+    } catch (error) {
+      if (!OVER_LIMIT.test(errorText(error))) throw error;
+      // The minimum has been raised meanwhile: its owner wants as many as there are.
+      return actOnClaim(ctx, "settle", claim, old, name, options, ended, log);
+    }
     ctx.state.claims.delete(claim.id);
     log.info(`ended ${claim.id} in ${name}: it was one too many`);
   }
@@ -2741,8 +2799,8 @@ async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Prom
     const tag = now.tags[TAG.maxSize];
     if (tag !== group.tags[TAG.maxSize] || now.max !== group.max) return true; // changed under our eyes: look again
     if (!isOurs(now.max)) {
-      // Between the record and the raise a maximum is still the original one; wait for whoever is at it.
-      if (now.max === ours.original && !isDue(calmSinceMs, 10_000)) return true;
+      // The original one: recorded and not raised yet, or just put back, and a slow call may raise it once more.
+      if (now.max === ours.original && !isDue(calmSinceMs, 30_000)) return true;
       await dropTag();
       ctx.state.restoring.delete(name);
       return false;
@@ -2757,9 +2815,8 @@ async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Prom
       { tries: 1 },
     );
     ctx.deps.log.info(`put the maximum of ${name} back to ${ours.original}`, { group: name });
-    await dropTag();
-    ctx.state.restoring.delete(name);
-    return false;
+    ctx.state.restoring.set(name, {});
+    return true;
   });
 }
 
@@ -2788,7 +2845,8 @@ export async function checkGroups(ctx: Ctx): Promise<void> {
         if (known && !known.broken && JSON.stringify(known.options) === JSON.stringify(options)) return [name, known];
         for (const fault of faults) log.warn(`${fault}; ignored`);
         log.debug(`group ${name} is suitable for max group`);
-        if (group) await warnings(ctx, group, options, log);
+        if (group)
+          await warnings(ctx, group, options, log).catch((error: unknown) => log.debug(`checking ${name}: ${errorText(error)}`)); // only hints
         log.info(`Loaded maxgroup ${name}`);
         return [name, { options }];
       }),

@@ -4,7 +4,7 @@ import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import pkg from "../../package.json" with { type: "json" };
-import { BUCKET, environment, only, onStage, REGION, runBinary, type Scene } from "./harness.ts";
+import { BUCKET, Daemon, environment, only, onStage, REGION, runBinary, type Scene, sleep } from "./harness.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "max_group-cli-"));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
@@ -45,6 +45,13 @@ for (const [title, args, message] of [
     expect(stderr.split("\n")[0]).toStartWith(message);
     for (const flag of "Kbklprtv") expect(stderr).toMatch(new RegExp(`^  -${flag}\\b`, "m"));
   });
+
+test("a log file that cannot be opened: exit 1 and one sentence that names it, no stack trace", async () => {
+  const { code, stderr } = await run(["-b", BUCKET, "-r", REGION, "-l", "no/such/folder/x.log"], NOWHERE);
+  expect(code).toBe(1);
+  expect(stderr).toContain("no/such/folder/x.log");
+  expect(stderr.trimEnd().split("\n").length).toBe(1);
+});
 
 // ─── Local test mode ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -107,6 +114,41 @@ test("an endpoint that does not answer", async () => {
   expect(message).toContain("the endpoint cannot be reached");
   expect(message).toContain("AWS_ENDPOINT_URL");
 });
+
+test("an AWS_ENDPOINT_URL that is no URL is named as what is wrong", async () => {
+  expect(await refused(["-b", BUCKET, "-r", REGION], "127.0.0.1:9")).toContain("AWS_ENDPOINT_URL");
+});
+
+// ─── Signals at start ────────────────────────────────────────────────────────────────────────────────────
+
+/** Starts the binary, whose configuration takes three seconds to come, and sends a signal half a second after the start. */
+const whileStarting = (signal: "SIGTERM" | "SIGHUP", then: (daemon: Daemon) => Promise<void>) =>
+  withBucket(async (s) => {
+    const asked = Promise.withResolvers<void>();
+    s.world.intercept = ({ operation }) => {
+      if (operation !== "GetObject") return undefined;
+      asked.resolve();
+      return { delayMs: 3_000 };
+    };
+    const daemon = new Daemon(["-b", BUCKET, "-r", REGION], environment(s.folder, s.url), s.folder);
+    s.daemons.push(daemon);
+    await asked.promise;
+    daemon.signal(signal);
+    await then(daemon);
+  });
+
+test("SIGTERM while starting: exit 0 at once, and no error", () =>
+  whileStarting("SIGTERM", async (daemon) => {
+    const { code, tookMs } = await daemon.end("SIGTERM");
+    expect(daemon.lines.filter((line) => line.includes("level=error"))).toEqual([]);
+    expect([code, tookMs < 2_000]).toEqual([0, true]);
+  }));
+
+test("SIGHUP while starting does not end it", () =>
+  whileStarting("SIGHUP", async (daemon) => {
+    await sleep(1_000);
+    expect(daemon.isAlive).toBe(true);
+  }));
 
 // ─── The configuration ───────────────────────────────────────────────────────────────────────────────────
 

@@ -1,7 +1,7 @@
 // The compiled binary replaces interrupted instances over HTTP. Every story is its own world, port and process, and
 // all run at once; `finish` checks at each end what must hold whatever happens.
 import { expect, test } from "bun:test";
-import { existsSync, readFileSync, renameSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, renameSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import type { Delays } from "../aws/world.ts";
 import { only, onStage, type Scene, sleep } from "./harness.ts";
@@ -289,6 +289,26 @@ story("two daemons on the same queues: one replacement in the group for each, no
   await s.finish([...web, ...api], { launches: "any", seconds: 130 });
 });
 
+story("AWS out of reach for five seconds in the middle of it: it goes on by itself", async (s) => {
+  const old = first(s.group({ name: "web", ...tight }));
+  await s.start();
+  s.interrupt(old, { seconds: 60 });
+  await s.until("launched", 10, () => s.claims().length === 1);
+  await s.outage(5_000);
+  await s.finish([old], { seconds: 100 });
+});
+
+story("protected members stay protected, and nobody else becomes so", async (s) => {
+  const old = first(s.group({ name: "web", ...roomy, protected: true }));
+  const other = first(
+    s.group({ name: "api", ...roomy, weights: { "m5.large": 1, "m5.xlarge": 2 }, types: ["m5.large", "m5.xlarge"] }),
+  );
+  await s.start();
+  s.interrupt(old);
+  s.interrupt(other);
+  await s.finish([old, other]);
+});
+
 // ─── The log, SIGHUP ─────────────────────────────────────────────────────────────────────────────────────
 
 story("SIGHUP opens the log file anew and refreshes the configuration", async (s) => {
@@ -308,6 +328,18 @@ story("SIGHUP opens the log file anew and refreshes the configuration", async (s
   expect(readFileSync(rotated, "utf8")).not.toContain("late");
   expect(daemon.isAlive).toBe(true);
   expect(daemon.lines).toEqual([]);
+});
+
+story("SIGHUP when the log's folder is gone: it says so where it still can, and goes on", async (s) => {
+  const old = first(s.group({ name: "web", ...roomy }));
+  mkdirSync(join(s.folder, "logs"));
+  const { daemon } = await s.start("-l", "logs/max_group.log");
+  rmSync(join(s.folder, "logs"), { recursive: true });
+  daemon.signal("SIGHUP");
+  await sleep(1_000);
+  expect(daemon.isAlive).toBe(true);
+  s.interrupt(old);
+  await s.finish([old]);
 });
 
 story("SIGHUP with a broken configuration keeps the last good one, and says what is wrong", async (s) => {

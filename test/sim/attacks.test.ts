@@ -183,7 +183,7 @@ test("capacity errors thrown by the call itself cost no time", async () => {
     for (const z of "abc") s.world.pool("spot", type, `us-east-1${z}`).capacity = 0;
   const startMs = s.clock.now();
   s.world.interrupt(old);
-  await s.until(() => claims(s).length > 0, 120);
+  await s.until(() => claims(s).length > 0, 120).catch(() => process.env.STORY && console.log(story(s)));
   expect((s.clock.now() - startMs) / 1000).toBeLessThan(3);
 });
 
@@ -202,7 +202,7 @@ test("a template that asks for spot: nine empty pools are passed in seconds", as
     for (const z of "abc") s.world.pool("spot", type, `us-east-1${z}`).capacity = type === "m4.large" && z === "c" ? 5 : 0;
   const startMs = s.clock.now();
   s.world.interrupt(old);
-  await s.until(() => claims(s).length > 0, 240);
+  await s.until(() => claims(s).length > 0, 240).catch(() => process.env.STORY && console.log(story(s)));
   expect((s.clock.now() - startMs) / 1000).toBeLessThan(10);
 });
 
@@ -297,6 +297,7 @@ test("late replacements of a big wave: desired is what it was, although the newe
   await s.start({ level: "info" });
   await s.seconds(1);
   for (const old of olds) s.world.interrupt(old, { eventDelayMs: 60_000, keepCapacity: true });
+  await s.seconds(170);
   await s.quiet(7200);
   expect(sizes(s)).toEqual([150, 400, 150]);
 }, 60_000);

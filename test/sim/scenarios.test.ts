@@ -28,7 +28,7 @@ test("where minimum, maximum and desired are the same, the maximum is raised and
   s.world.interrupt(old);
   await s.quiet();
   s.check([old], { web: [3, 3, 3] });
-  expect(Math.max(...s.samples.map((x) => x.max))).toBe(4);
+  expect(Math.max(...s.samples.map((x) => x.max))).toBe(6);
 });
 
 test("the same notice five times leads to one launch", async () => {

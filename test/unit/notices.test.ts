@@ -1,0 +1,163 @@
+import { describe, expect, test } from "bun:test";
+import { deadlineOf, type Notice, type QueueName, readNotice } from "../../maxgroup.ts";
+import { fixture, optionsOf } from "./fixtures/index.ts";
+
+const old = "i-0b662ef9931388ba0";
+const atMs = Date.parse("2026-03-01T12:00:00Z");
+function ours(name: string, queue: QueueName = "interruption_evt_sqs"): Notice {
+  const notice = readNotice(fixture(name), queue);
+  if ("notOurs" in notice) throw new Error(`${name} was taken for somebody else's: ${notice.notOurs}`);
+  return notice;
+}
+const why = (body: string, queue: QueueName = "interruption_evt_sqs") => {
+  const notice = readNotice(body, queue);
+  return "notOurs" in notice ? notice.notOurs : undefined;
+};
+/** A fixture with its top level changed. */
+const changed = (name: string, over: object) => JSON.stringify({ ...JSON.parse(fixture(name)), ...over });
+
+describe("an event that concerns us", () => {
+  test.each([
+    ["interruption-terminate", "interruption", [old]],
+    ["interruption-stop", "interruption", [old]],
+    ["interruption-hibernate", "interruption", [old]],
+    ["interruption-short-id", "interruption", ["i-0b662ef9"]],
+    ["rebalance", "rebalance", [old]],
+    ["health-scheduled-open", "maintenance", [old]],
+    ["health-scheduled-upcoming", "maintenance", [old, "i-0aaaaaaaaaaaaaaa1"]],
+    ["preaction", "preaction", [old]],
+  ])("%s is a notice of kind %s", (name, kind, instances) => {
+    const { "detail-type": type, id } = JSON.parse(fixture(name));
+    expect<object>(ours(name)).toEqual({ type, kind, id, instances, timeMs: atMs, carried: undefined });
+  });
+
+  test("names its instance in its detail; resource ARNs, of either form, are never read", () => {
+    expect(ours("interruption-other-arn").instances).toEqual([old]);
+    expect(why(changed("interruption-terminate", { resources: undefined }))).toBeUndefined();
+  });
+
+  test("without a time that can be read is understood all the same", () => {
+    expect(ours("interruption-sample-without-time")).toMatchObject({
+      instances: ["i-1234567890abcdef0"],
+      timeMs: undefined,
+    });
+    for (const time of [undefined, null, 5, ""]) {
+      const notice = readNotice(changed("interruption-terminate", { time }), "interruption_evt_sqs");
+      expect(notice).toMatchObject({ instances: [old], timeMs: undefined });
+    }
+  });
+});
+
+describe("an event of others is well formed and deleted", () => {
+  test.each([
+    "state-change",
+    "autoscaling-terminate-successful",
+    "health-scheduled-closed",
+    "health-issue",
+    "health-other-service",
+    "health-volume",
+  ])("%s", (name) => {
+    for (const queue of ["interruption_evt_sqs", "detach_evt_sqs", "termination_evt_sqs"] as const)
+      expect(why(fixture(name), queue)).toBeString();
+  });
+
+  test.each(["toString", "constructor", "__proto__"])("a type that every object has is unknown: %s", (type) => {
+    expect(why(changed("rebalance", { "detail-type": type }))).toContain(type);
+  });
+});
+
+describe("a message on the wrong queue is not acted on, and the reason names the right one", () => {
+  test.each([
+    ["interruption-terminate", "detach_evt_sqs", "interruption_evt_sqs"],
+    ["rebalance", "termination_evt_sqs", "interruption_evt_sqs"],
+    ["health-scheduled-open", "detach_evt_sqs", "interruption_evt_sqs"],
+    ["detach", "interruption_evt_sqs", "detach_evt_sqs"],
+    ["detach", "termination_evt_sqs", "detach_evt_sqs"],
+    ["termination", "detach_evt_sqs", "termination_evt_sqs"],
+  ] as const)("%s on %s", (name, queue, right) => {
+    expect(why(fixture(name), queue)).toContain(right);
+  });
+});
+
+describe("what cannot be understood throws, and so goes to the dead-letter queue", () => {
+  const maxgroup = JSON.parse(fixture("detach")).maxgroup;
+  test.each([
+    ["no JSON", "interruption!"],
+    ["nothing", ""],
+    ["no object", "[]"],
+    ["null", "null"],
+    ["a string", '"EC2 Spot Instance Interruption Warning"'],
+    ["no detail-type", "{}"],
+    ["a detail-type that is no string", '{"detail-type": 5}'],
+    ["an SNS envelope", '{"Type": "Notification", "Message": "{}"}'],
+    ["no instance", fixture("interruption-without-instance")],
+    ["no detail", changed("interruption-terminate", { detail: undefined })],
+    ["a detail that is none", changed("rebalance", { detail: "i-0b662ef9931388ba0" })],
+    ["no instance ID", changed("rebalance", { detail: { "instance-id": "i-0b662ef9931388ba0; rm" } })],
+    ["a filter for an instance ID", changed("rebalance", { detail: { "instance-id": "*" } })],
+    ["a Health event without its status", changed("health-scheduled-open", { detail: { affectedEntities: [] } })],
+    ["a carried part that is none", changed("interruption-terminate", { maxgroup: "web" })],
+    ["a carried part without its group", changed("interruption-carried", { maxgroup: { ...maxgroup, group: undefined } })],
+    ["a carried part of no kind", changed("interruption-carried", { maxgroup: { ...maxgroup, kind: "whim" } })],
+    ["carried options that are wrong", changed("detach", { maxgroup: { ...maxgroup, options: { consul_port: "x" } } })],
+  ])("%s", (_, body) => {
+    expect(() => readNotice(body, body.includes("MaxGroup Detach") ? "detach_evt_sqs" : "interruption_evt_sqs")).toThrow();
+  });
+
+  test.each([
+    ["detach", "detach_evt_sqs"],
+    ["termination", "termination_evt_sqs"],
+  ] as const)("our own %s message without what it carries, or without its instance", (name, queue) => {
+    expect(() => readNotice(changed(name, { maxgroup: undefined }), queue)).toThrow();
+    expect(() => readNotice(changed(name, { detail: {} }), queue)).toThrow();
+  });
+});
+
+describe("what a message carries", () => {
+  test.each([
+    ["interruption-carried", "interruption_evt_sqs"],
+    ["detach", "detach_evt_sqs"],
+    ["termination", "termination_evt_sqs"],
+  ] as const)("%s: group, deadline, protection and options travel along", (name, queue) => {
+    const { kind, instances, id, carried } = ours(name, queue);
+    expect({ kind, instances, id }).toEqual({
+      kind: "interruption",
+      instances: [old],
+      id: "1e5527d7-bb36-4607-3370-4164db56a40e",
+    });
+    expect(carried).toMatchObject({
+      group: "web",
+      deadlineMs: atMs + 120_000,
+      oldProtected: true,
+      options: optionsOf({ detaching_delay_seconds: 5, consul_port: 8500, alt1: "m5.large", alt2: "c5.large" }),
+    });
+  });
+
+  test("options read, written and read again are the same", () => {
+    const options = optionsOf({ alt2: "m5.large", alt10: "c5.large", persistence_dev: "/dev/sdf", consul_port: "8500" });
+    const maxgroup = { group: "web", kind: "rebalance", notice: "n", options };
+    const notice = readNotice(changed("detach", { maxgroup }), "detach_evt_sqs");
+    expect(notice).toMatchObject({ id: "n", kind: "rebalance", carried: { group: "web", options } });
+  });
+
+  test("without a hard deadline has none", () => {
+    const maxgroup = { group: "web", kind: "maintenance", notice: "n", options: {} };
+    const notice = readNotice(changed("detach", { maxgroup }), "detach_evt_sqs");
+    expect("notOurs" in notice ? notice : notice.carried?.deadlineMs).toBeUndefined();
+  });
+});
+
+// Times in seconds; 0 is when the handler looks at the notice.
+test.each([
+  ["two minutes after the event's time", -3, -2, 117],
+  ["by the event's time and not by the receipt", -100, -1, 20],
+  ["from the first receipt where the event has no time", undefined, -10, 110],
+  ["from the first receipt where that time is past while the instance lives on", -3600, -10, 110],
+  ["from the first receipt, past or not", -3600, -300, -180],
+  ["from the first receipt, past or not, where the event has no time", undefined, -300, -180],
+  ["never more than the two minutes that AWS gives, however clocks differ", 600, -1, 120],
+])("an interruption's deadline counts %s", (_, eventS, receivedS, deadlineS) => {
+  const nowMs = atMs;
+  const at = (s: number) => nowMs + s * 1000;
+  expect(deadlineOf(eventS === undefined ? undefined : at(eventS), at(receivedS), nowMs)).toBe(at(deadlineS));
+});
