@@ -317,11 +317,17 @@ export function withTags(options: GroupOptions, tags: Record<string, string>): {
   if (options.ignore_tag) return { options, faults: [] };
   const faults: string[] = [];
   const result: Record<string, unknown> = { ...options };
+  const alts = new Map(options.alt.map((type, i) => [i + 1, type]));
   for (const [key, value] of Object.entries(tags)) {
     const spelled = /^spotmax:([a-z0-9_]+)$/.exec(key)?.[1];
     const name = spelled === "dettaching_delay_seconds" ? "detaching_delay_seconds" : spelled;
     // Whoever may tag a group must not point the daemon at a file of its own host.
     if (!name || RESERVED_TAGS.has(key) || name === "k8s_config_file_path" || name === "ignore_tag") continue;
+    if (ALT.test(name)) {
+      if (INSTANCE_TYPE.test(value)) alts.set(Number(name.slice(3)), value);
+      else faults.push(`tag ${key} is "${value}": must be an instance type such as m5.large`);
+      continue;
+    }
     if (!(name in GROUP_OPTIONS)) {
       faults.push(`tag ${key} is no option of a group`);
       continue;
@@ -331,7 +337,8 @@ export function withTags(options: GroupOptions, tags: Record<string, string>): {
     if (checked.success) result[name] = checked.output;
     else faults.push(`tag ${key} is "${value}": must be ${checked.issues[0].message}`);
   }
-  return { options: result as GroupOptions, faults };
+  const alt = [...alts].sort(([a], [b]) => a - b).map(([, type]) => type);
+  return { options: { ...(result as GroupOptions), alt }, faults };
 }
 
 /**
@@ -413,7 +420,7 @@ export function makeLog(write: (line: string) => void, now: () => number, tty: b
 export function seelogLevel(xml: string): Level | undefined {
   const name = /\bminlevel\s*=\s*"(\w+)"/.exec(xml)?.[1]?.toLowerCase();
   if (name === "trace") return "debug";
-  return name === "critical" ? "error" : LEVELS.find((level) => level === name);
+  return name === "critical" || name === "off" ? "error" : LEVELS.find((level) => level === name);
 }
 
 // ─── Effects ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -961,11 +968,14 @@ function makeCloud(ctx: Ctx) {
 }
 export type Cloud = ReturnType<typeof makeCloud> & { terminate: (ids: string[]) => Promise<void> };
 
+/** A group of the configuration, as the last look at it left it; `faults` are those of its tags. */
+type LookedAfter = { options: GroupOptions; broken?: string; faults?: string };
+
 /** What the process remembers. All of it may be lost at any moment: it saves calls and says what is in hand. */
 export type State = {
   config: Config;
   /** Groups looked after, with their options; `broken` says why one is left out at the moment. */
-  groups: Map<string, { options: GroupOptions; broken?: string }>;
+  groups: Map<string, LookedAfter>;
   /** Messages in hand, by queue and message ID. */
   inHand: Map<string, Work>;
   /** Our living instances as the instance manager last saw them, with those launched since. */
@@ -1136,7 +1146,10 @@ export type Notice = {
   carried: Carried | undefined;
 };
 /** What a message's body says; "not ours" is well formed and somebody else's. Throws where it cannot be understood. */
-export function readNotice(body: string, queue: QueueName): Notice | { notOurs: string } {
+export function readNotice(
+  body: string,
+  queue: QueueName,
+): Notice | { notOurs: string } | { belongsOn: QueueName; type: string } {
   let json: unknown;
   try {
     json = JSON.parse(body);
@@ -1157,7 +1170,7 @@ export function readNotice(body: string, queue: QueueName): Notice | { notOurs: 
   if (type === DETACH || type === TERMINATION) {
     if (!event.maxgroup) throw new Error(`a ${type} message without its "maxgroup" part`);
     const wanted = type === DETACH ? "detach_evt_sqs" : "termination_evt_sqs";
-    if (queue !== wanted) return { notOurs: `${type} belongs on ${wanted}` };
+    if (queue !== wanted) return { belongsOn: wanted, type };
     return {
       ...common,
       kind: event.maxgroup.kind,
@@ -1167,8 +1180,7 @@ export function readNotice(body: string, queue: QueueName): Notice | { notOurs: 
   const row = Object.hasOwn(NOTICES, type) ? NOTICES[type] : undefined;
   if (!row) return { notOurs: `events of type "${type}" are not for max_group` };
   const instances = parseDetail(type, () => row.read(event.detail));
-  if (queue !== "interruption_evt_sqs")
-    return { notOurs: `"${type}" belongs on interruption_evt_sqs: check the EventBridge rule's target` };
+  if (queue !== "interruption_evt_sqs") return { belongsOn: "interruption_evt_sqs", type };
   if (!instances.length) return { notOurs: `this "${type}" names no EC2 instance to be moved` };
   return { ...common, kind: row.kind, instances };
 }
@@ -1247,6 +1259,8 @@ export type Work = {
   body: string;
   receipt: string;
   firstReceivedMs: number;
+  /** How often the queue has delivered it. */
+  received: number;
   notice: Notice;
   instance: string;
   group: string;
@@ -1257,8 +1271,6 @@ export type Work = {
   /** How long each hold on the message lasts, and when the present one began. */
   leaseSeconds: number;
   leasedMs: number;
-  /** A launch call is out: the message may not be given back before its answer. */
-  launchOut: boolean;
   old?: Ec2Instance;
   member?: Member;
   claim?: string;
@@ -1384,13 +1396,17 @@ async function take(ctx: Ctx, queue: QueueName, queueUrl: string, message: Messa
       });
       return;
     }
-    if ("notOurs" in notice) {
-      log[/belongs on/.test(notice.notOurs) ? "warn" : "debug"](notice.notOurs);
+    if ("notOurs" in notice || "belongsOn" in notice) {
+      if ("notOurs" in notice) log.debug(notice.notOurs);
+      else {
+        log.warn(`a "${notice.type}" belongs on ${notice.belongsOn}: sent there; check the EventBridge rule's target`, { queue });
+        await ctx.cloud.send({ queue: ctx.state.config.global[notice.belongsOn].queue_url, body, delaySeconds: 0 });
+      }
       await ctx.cloud.remove({ queue: queueUrl, receipt });
       return;
     }
     if (notice.instances.length > 1) await split(ctx, queueUrl, receipt, body, notice, log);
-    else await handle(ctx, key, newWork(ctx, queue, queueUrl, body, receipt, firstReceivedMs, notice));
+    else await handle(ctx, key, newWork(ctx, queue, queueUrl, body, receipt, firstReceivedMs, received, notice));
   } catch (error) {
     if (!(error instanceof Stopped))
       log.error(`handling a message of ${queue}: ${errorText(error)}`, { error: errorName(error) });
@@ -1404,6 +1420,7 @@ function newWork(
   body: string,
   receipt: string,
   firstReceivedMs: number,
+  received: number,
   notice: Notice,
 ): Work {
   const [instance = ""] = notice.instances;
@@ -1415,6 +1432,7 @@ function newWork(
     body,
     receipt,
     firstReceivedMs,
+    received,
     notice,
     instance,
     group: carried?.group ?? "",
@@ -1424,7 +1442,6 @@ function newWork(
     detachSent: carried?.detachSent ?? false,
     leaseSeconds: ctx.state.config.global[queue].visibility_timeout_seconds,
     leasedMs: ctx.deps.now(),
-    launchOut: false,
     rung: 0,
     attempt: 0,
     left: false,
@@ -1465,7 +1482,8 @@ async function handle(ctx: Ctx, key: string, work: Work): Promise<void> {
   } catch (error) {
     if (error instanceof Stopped) return await hold(ctx, work, 0);
     work.log.error(`${errorText(error)}; the message comes again`, { error: errorName(error) });
-    await hold(ctx, work, work.deadlineMs === undefined ? 15 : 3);
+    // Ten receives and it is a dead letter: with a hard deadline they are spread over its two minutes.
+    await hold(ctx, work, work.deadlineMs === undefined ? 60 : Math.min(15, 3 * work.received));
   } finally {
     ctx.state.inHand.delete(key);
     const admitted = ctx.state.admitted.get(work.group);
@@ -1904,7 +1922,6 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
   const attempt = Math.max(...items.map((i) => i.work.attempt));
   const token = `${attempt} ${items.map((i) => i.work.notice.id).sort()}`;
   for (const i of items) {
-    i.work.launchOut = true;
     i.work.log.debug(`asking for ${lifecycle}`, {
       rung,
       pools: pools.length,
@@ -1925,8 +1942,6 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
     else work.log[CAPACITY.has(errorName(error)) ? "warn" : "error"](`${rung}: ${text}`, { error: errorName(error) });
     if (CAPACITY.has(errorName(error)))
       for (const p of pools) if (p.type) remember(ctx, lifecycle, p.type, p.zone, FAILED_MS, "failed");
-  } finally {
-    for (const i of items) i.work.launchOut = false;
   }
   ids.sort();
   if (items.length > 1 && ids.length) tags.push({ Key: TAG.order, Value: ids.join(" ") });
@@ -2194,7 +2209,7 @@ const groupTag = (name: string, Key: string, Value?: string) => ({
   Value,
   PropagateAtLaunch: false,
 });
-const OVER_LIMIT = /update the AutoScalingGroup sizes/;
+const OVER_LIMIT = /update the AutoScalingGroup sizes|desiredSize equals minSize/;
 const ALREADY_IN = /already part of AutoScalingGroup:\s*([^\s.,]+)/;
 const isStaying = (m: Member | undefined): m is Member =>
   m !== undefined && (m.lifecycleState === "InService" || m.lifecycleState.startsWith("Pending"));
@@ -2244,12 +2259,13 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
   for (const [n, item] of items.entries()) {
     if (!group || group.status) verdicts.set(item.claim, { is: "not owed", reason: `group ${name} is being deleted` });
     else if (group.members.has(item.claim)) verdicts.set(item.claim, { is: "attached" });
-    else if (claims[n]?.state !== "running") verdicts.set(item.claim, { is: "lost" });
+    else if (claims[n] && !isLiving(claims[n])) verdicts.set(item.claim, { is: "lost" });
+    else if (claims[n]?.state !== "running") verdicts.set(item.claim, { is: "later", reason: `${item.claim} is not running` });
     else if (group.suspended.has("Launch"))
       verdicts.set(item.claim, { is: "later", reason: `the Launch process of ${name} is suspended` });
     else if (!isStaying(group.members.get(item.old)) && (await howOldLeft(ctx, name, item.old)) === "decremented")
       verdicts.set(item.claim, { is: "not owed", reason: `${item.old} left with decrement` });
-    else wanted.push(item);
+    else if (!wanted.some((w) => w.claim === item.claim)) wanted.push(item); // two messages may wait for one claim
   }
   for (let rounds = 0; group && wanted.length; rounds++) {
     const ids = wanted.map((i) => i.claim);
@@ -2323,7 +2339,7 @@ async function attach(ctx: Ctx, work: Work): Promise<Result> {
     case "lost":
       return lostClaim(ctx, work, await ctx.cloud.instance(claim));
     case "later":
-      return again(verdict.reason, 5_000);
+      return again(verdict.reason, 2_000);
     case "not owed":
       if (!(await endOutside(ctx, claim))) return again(`${claim} is a member after all`, 0);
       return skip(`${verdict.reason}: no replacement is owed, ${claim} is ended`, "info");
@@ -2457,7 +2473,7 @@ async function detachBatch(ctx: Ctx, name: string, items: DetachItem[]): Promise
   for (const item of items) {
     if (!isStaying(group?.members.get(item.old))) verdicts.set(item.old, "left");
     else if (decrement && !item.forced && item.claim && !inService(item.claim)) verdicts.set(item.old, "not ready");
-    else ready.push(item);
+    else if (!ready.some((r) => r.old === item.old)) ready.push(item);
   }
   // An intention, not a fact: what is not detached after all is a member, and members are never ended.
   await ctx.cloud.tag(
@@ -2740,7 +2756,7 @@ async function actOnClaim(
       timeMs: undefined,
       carried: undefined,
     };
-    const work = newWork(ctx, "detach_evt_sqs", "", "", "", ctx.deps.now(), notice);
+    const work = newWork(ctx, "detach_evt_sqs", "", "", "", ctx.deps.now(), 1, notice);
     const oldProtected = (await ctx.cloud.group(name))?.members.get(old)?.isProtected ?? false;
     await sendFollowUp(ctx, { ...work, group: name, options, oldProtected }, "detach_evt_sqs", DETACH, 0);
     log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
@@ -2832,7 +2848,7 @@ export async function checkGroups(ctx: Ctx): Promise<void> {
   const groups = await Promise.all(entries.map(([name]) => ctx.cloud.group(name)));
   state.groups = new Map(
     await Promise.all(
-      entries.map(async ([name, fromFile], n): Promise<[string, { options: GroupOptions; broken?: string }]> => {
+      entries.map(async ([name, fromFile], n): Promise<[string, LookedAfter]> => {
         const group = groups[n];
         const { options, faults } = withTags(fromFile, group?.tags ?? {});
         const known = before.get(name);
@@ -2842,13 +2858,14 @@ export async function checkGroups(ctx: Ctx): Promise<void> {
           log[known?.broken === broken ? "debug" : "error"](`group ${name} is left out: ${broken}`);
           return [name, { options, broken }];
         }
-        if (known && !known.broken && JSON.stringify(known.options) === JSON.stringify(options)) return [name, known];
-        for (const fault of faults) log.warn(`${fault}; ignored`);
+        if (known?.faults !== faults.join()) for (const fault of faults) log.warn(`${fault}; ignored`);
+        const found = { options, faults: faults.join() };
+        if (known && !known.broken && JSON.stringify(known.options) === JSON.stringify(options)) return [name, found];
         log.debug(`group ${name} is suitable for max group`);
         if (group)
           await warnings(ctx, group, options, log).catch((error: unknown) => log.debug(`checking ${name}: ${errorText(error)}`)); // only hints
         log.info(`Loaded maxgroup ${name}`);
-        return [name, { options }];
+        return [name, found];
       }),
     ),
   );

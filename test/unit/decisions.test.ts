@@ -1,0 +1,456 @@
+import { describe, expect, test } from "bun:test";
+import {
+  howItLeft,
+  judgeClaim,
+  judgeState,
+  type Member,
+  QUEUES,
+  raisedMax,
+  readMaxTag,
+  replacedBy,
+  type Standing,
+  TABLE,
+  toGroup,
+  toInstance,
+  whenToDetach,
+  winner,
+} from "../../maxgroup.ts";
+import { group, instance } from "./fixtures/index.ts";
+
+describe("the steps", () => {
+  // DESIGN.md's table; before and after the attach where that depends on the deadline.
+  const order = {
+    interruption_evt_sqs: [
+      "find group",
+      "send detach message",
+      "protect volume",
+      "cordon",
+      "launch",
+      "wait until running",
+      "attach",
+      "send detach message",
+      "protect volume",
+      "cordon",
+    ],
+    detach_evt_sqs: ["wait for the replacement", "deregister", "drain", "detach", "send termination message"],
+    termination_evt_sqs: ["terminate", "move volume"],
+  };
+
+  test.each(QUEUES)("of %s stand in the order of the design", (queue) => {
+    const wanted = order[queue][Symbol.iterator]();
+    const there = TABLE[queue].map((step) => step.name);
+    for (const name of there) expect([name, ...wanted.take(0), [...order[queue]].includes(name)]).toEqual([name, true]);
+    let from = 0;
+    for (const name of there) {
+      const at = order[queue].indexOf(name, from);
+      expect([name, at >= from]).toEqual([name, true]);
+      from = at + 1;
+    }
+  });
+});
+
+describe("a member's state", () => {
+  test.each([
+    ["InService", "go on"],
+    ["Pending", "later"],
+    ["Pending:Wait", "later"],
+    ["Pending:Proceed", "later"],
+    ["Standby", "not in service"],
+    ["EnteringStandby", "not in service"],
+    ["Quarantined", "not in service"],
+    ["Warmed:Pending", "not in service"],
+    ["Warmed:Pending:Wait", "not in service"],
+    ["Warmed:Running", "not in service"],
+    ["Warmed:Stopped", "not in service"],
+    ["Warmed:Hibernated", "not in service"],
+    ["Warmed:Terminating", "not in service"],
+    ["Terminating", "leaving"],
+    ["Terminating:Wait", "leaving"],
+    ["Terminating:Proceed", "leaving"],
+    ["Terminated", "leaving"],
+    ["Detaching", "leaving"],
+    ["Detached", "leaving"],
+  ] as const)("%s means: %s", (state, verdict) => {
+    expect(judgeState(state)).toBe(verdict);
+  });
+});
+
+describe("how an instance left its group", () => {
+  const id = "i-0b662ef9931388ba0";
+  const at = "At 2026-03-01T12:00:00Z";
+  const activity = (verb: string, cause: string, of = id) => ({
+    ActivityId: "a",
+    AutoScalingGroupName: "web",
+    StartTime: new Date(0),
+    StatusCode: "Successful" as const,
+    Description: `${verb} EC2 instance: ${of}`,
+    Cause: cause,
+  });
+  const shrinking = "shrinking the capacity from 4 to 3";
+
+  test.each([
+    ["detached with decrement", "Detaching", `${at} instance ${id} was detached in response to a user request, ${shrinking}.`],
+    [
+      "ended with decrement",
+      "Terminating",
+      `${at} instance ${id} was taken out of service in response to a user request, ${shrinking}.`,
+    ],
+    [
+      "scaled in by hand",
+      "Terminating",
+      `${at} a user request update of AutoScalingGroup constraints to min: 0, max: 4, desired: 3 changing the desired capacity from 4 to 3.  ${at} an instance was taken out of service in response to a difference between desired and actual capacity, ${shrinking}.  ${at} instance ${id} was selected for termination.`,
+    ],
+    [
+      "scaled in by a policy",
+      "Terminating",
+      `${at} a monitor alarm TargetTracking-web-AlarmLow-1 in state ALARM triggered policy cpu50 changing the desired capacity from 4 to 3.  ${at} an instance was taken out of service in response to a difference between desired and actual capacity, ${shrinking}.  ${at} instance ${id} was selected for termination.`,
+    ],
+    [
+      "scaled in on a schedule",
+      "Terminating",
+      `${at} a scheduled action update of AutoScalingGroup constraints to min: 0, max: 4, desired: 3 changing the desired capacity from 4 to 3.  ${at} an instance was taken out of service in response to a difference between desired and actual capacity, ${shrinking}.  ${at} instance ${id} was selected for termination.`,
+    ],
+    [
+      "taken by the balancing of zones",
+      "Terminating",
+      `${at} instances were launched to balance instances in zones us-east-2b with other zones resulting in more than desired number of instances in the group.  ${at} an instance was taken out of service in response to a difference between desired and actual capacity, ${shrinking}.  ${at} instance ${id} was selected for termination.`,
+    ],
+  ])("%s: nothing is owed", (_, verb, cause) => {
+    for (const tag of [true, false]) expect(howItLeft([activity(verb, cause)], id, tag)).toBe("decremented");
+  });
+
+  test.each([
+    ["detached without decrement", "Detaching", `${at} instance ${id} was detached in response to a user request.`],
+    ["ended without decrement", "Terminating", `${at} instance ${id} was taken out of service in response to a user request.`],
+    [
+      "reclaimed",
+      "Terminating",
+      `${at} an instance was taken out of service in response to an EC2 health check indicating it has been terminated or stopped.`,
+    ],
+    [
+      "stopped",
+      "Terminating",
+      `${at} an instance was taken out of service in response to an EC2 instance status checks failure.`,
+    ],
+    ["ill", "Terminating", `${at} an instance was taken out of service in response to an ELB system health check failure.`],
+    ["called ill", "Terminating", `${at} an instance was taken out of service in response to a user health-check.`],
+    ["refreshed", "Terminating", `${at} an instance was taken out of service in response to an instance refresh.`],
+    [
+      "rebalanced",
+      "Terminating",
+      `${at} an instance was taken out of service in response to an EC2 instance rebalance recommendation.`,
+    ],
+  ])("%s: the group substitutes by itself, whatever the tag says", (_, verb, cause) => {
+    for (const tag of [true, false]) expect(howItLeft([activity(verb, cause)], id, tag)).toBe("substituted");
+  });
+
+  test("the newest activity counts, which stands first", () => {
+    const old = activity("Detaching", `${at} instance ${id} was detached in response to a user request, ${shrinking}.`);
+    const now = activity("Terminating", `${at} an instance was taken out of service in response to an EC2 health check.`);
+    expect(howItLeft([now, old], id, true)).toBe("substituted");
+    expect(howItLeft([old, now], id, false)).toBe("decremented");
+  });
+
+  test("a description may say more behind the ID", () => {
+    const { Cause } = activity("Terminating", `${at} an instance was taken out of service, ${shrinking}.`);
+    const Description = `Terminating EC2 instance: ${id} - Waiting For ELB Connection Draining`;
+    expect(howItLeft([{ ...activity("", ""), Description, Cause }], id, false)).toBe("decremented");
+  });
+
+  test.each([
+    ["none at all", []],
+    ["another instance's", [activity("Detaching", `detached, ${shrinking}.`, "i-0ffffffffffffffff")]],
+    ["one whose ID begins alike", [activity("Detaching", `detached, ${shrinking}.`, `${id}1`)]],
+    ["its launch", [activity("Launching a new", `${at} an instance was started.`)]],
+    ["its attach", [activity("Attaching an existing", `${at} an instance was attached in response to user request.`)]],
+    ["its standby", [activity("Moving", `${at} instance ${id} was moved to standby in response to a user request, ${shrinking}.`)]],
+    ["without words", [{ ...activity("", ""), Description: undefined, Cause: undefined }]],
+  ])("activities that do not tell (%s) leave it to the tag", (_, activities) => {
+    expect(howItLeft(activities, id, true)).toBe("decremented");
+    expect(howItLeft(activities, id, false)).toBe("unknown");
+  });
+});
+
+// Seconds before the deadline; then, for each standing, what is done without and with a refused decrement.
+const standings: Standing[] = ["none", "outside", "joining", "in service", "healthy"];
+const early = "wait wait wait wait decrement / wait wait wait wait wait";
+const draining = "wait wait wait decrement decrement / wait wait wait wait wait";
+const up = "substitute substitute decrement decrement decrement / substitute substitute substitute substitute substitute";
+describe("when to detach", () => {
+  test.each([
+    ["two minutes before the deadline", 120, early],
+    ["31 s before it", 31, early],
+    ["30 s before it, for connections to drain", 30, draining],
+    ["6 s before it", 6, draining],
+    ["5 s before it, whatever the replacement does", 5, up],
+    ["at the deadline", 0, up],
+    ["long after it", -600, up],
+    ["without a hard deadline", undefined, early],
+  ])("%s", (_, seconds, answers) => {
+    const deadlineMs = seconds === undefined ? undefined : 1_000_000 + seconds * 1000;
+    const row = (refused: boolean) => standings.map((standing) => whenToDetach({ nowMs: 1_000_000, deadlineMs, standing, refused }));
+    expect(`${row(false).join(" ")} / ${row(true).join(" ")}`).toBe(answers);
+  });
+});
+
+describe("what becomes of an unsettled claim", () => {
+  const member = (lifecycleState = "InService"): Member => ({
+    id: "i-2",
+    group: "web",
+    lifecycleState,
+    zone: "a",
+    type: "m5.large",
+    isProtected: false,
+    weight: 1,
+  });
+  const minute = 60_000;
+  const inside = {
+    isWinner: true,
+    winnerInService: true,
+    member: member(),
+    outsideMs: 0,
+    ageMs: 5 * minute,
+    old: "staying" as const,
+    watchedMs: 5 * minute,
+    membersInService: 4,
+    desired: 5,
+    patienceMs: 2 * minute,
+  };
+  const outside = { ...inside, member: undefined, winnerInService: false, outsideMs: 31_000 };
+  type Case = [string, Parameters<typeof judgeClaim>[0], ReturnType<typeof judgeClaim>];
+
+  test.each<Case>([
+    ["on its way into the group: nothing", outside, "leave"],
+    ["outside, and its old one left with decrement: ended", { ...outside, old: "decremented" }, "end outside"],
+    ["the same, seen for less than 30 s: the second read first", { ...outside, old: "decremented", outsideMs: 29_000 }, "leave"],
+    [
+      "outside, and its group substitutes: it is attached all the same, for capacity comes first",
+      { ...outside, old: "substituted" },
+      "leave",
+    ],
+    ["outside for more than ten minutes: a leak", { ...outside, ageMs: 10 * minute + 1 }, "end outside"],
+    ["old, but seen outside for less than 30 s", { ...outside, ageMs: 60 * minute, outsideMs: 29_000 }, "leave"],
+    ["outside, a loser whose winner is in service: ended", { ...outside, isWinner: false, winnerInService: true }, "end outside"],
+    ["outside, a loser whose winner is not: kept", { ...outside, isWinner: false }, "leave"],
+
+    ["a member beside its old one: the detach message's business", inside, "leave"],
+    ["for more than ten minutes and the group's own delays: reminded of", { ...inside, ageMs: 12 * minute + 1 }, "remind"],
+    ["within them: not yet", { ...inside, ageMs: 12 * minute - 1 }, "leave"],
+    ["a member that is not in service yet", { ...inside, member: member("Pending"), old: "decremented" }, "leave"],
+    ["in service, and its old one left with decrement: settled", { ...inside, old: "decremented" }, "settle"],
+    [
+      "in service, the group substitutes, and members do not reach desired: it stays",
+      { ...inside, old: "substituted", membersInService: 4 },
+      "leave",
+    ],
+    [
+      "in service, the group substitutes, and members reach desired: one too many",
+      { ...inside, old: "substituted", membersInService: 5 },
+      "end member",
+    ],
+    ["nobody knows how its old one left: what is there stays, and is settled in the end", { ...inside, old: "unknown", watchedMs: 60 * minute }, "settle"],
+    ["a loser in the group whose winner is in service: ended", { ...inside, isWinner: false }, "end member"],
+    ["a loser in the group whose winner is not: kept", { ...inside, isWinner: false, winnerInService: false }, "leave"],
+    ["a loser on its way into the group: ended by ID all the same", { ...inside, isWinner: false, member: member("Pending") }, "end member"],
+    ["a loser never settles", { ...inside, isWinner: false, winnerInService: false, old: "decremented" }, "leave"],
+  ])("%s", (_, claim, verdict) => {
+    expect(judgeClaim(claim)).toBe(verdict);
+  });
+
+  test("a member is never ended as a leak, however old", () => {
+    for (const old of ["staying", "decremented", "unknown"] as const)
+      for (const isWinner of [true, false])
+        expect(judgeClaim({ ...inside, old, isWinner, winnerInService: isWinner, ageMs: 1e9, watchedMs: 1e9 })).not.toMatch("end");
+  });
+});
+
+describe("the maximum", () => {
+  test.each([
+    ["4/5", { original: 4, raised: 5 }],
+    ["0/20", { original: 0, raised: 20 }],
+  ])("is recorded as ORIGINAL/RAISED: %s", (tag, sizes) => {
+    expect(readMaxTag(tag)).toEqual(sizes);
+  });
+
+  test.each([[undefined], [""], ["4"], ["4/"], ["/5"], ["a/b"], ["-4/5"], ["4/5/6"], ["4 / 5"], ["4.5/5"]])(
+    "and from nothing else: %p",
+    (tag) => {
+      expect(readMaxTag(tag)).toBeUndefined();
+    },
+  );
+
+  const tagged = (tag: string) => ({ "spotmax:max_size": tag });
+  test.each([
+    ["is left alone where there is room", 3, 5, {}, 2, undefined],
+    ["is raised by what is missing", 4, 4, {}, 1, { max: 5, tag: "4/5" }],
+    ["is raised in units of weight", 8, 10, {}, 4, { max: 12, tag: "10/12" }],
+    ["keeps its first original when it is raised again", 5, 5, tagged("4/5"), 1, { max: 6, tag: "4/6" }],
+    ["keeps it also where it was raised in part", 5, 5, tagged("4/8"), 4, { max: 9, tag: "4/9" }],
+    ["is somebody else's above what we raised it to: that is the original now", 9, 9, tagged("4/5"), 1, { max: 10, tag: "9/10" }],
+    ["is somebody else's below our original too", 3, 3, tagged("4/5"), 1, { max: 4, tag: "3/4" }],
+    ["is the original itself where we only recorded it", 4, 4, tagged("4/5"), 1, { max: 5, tag: "4/5" }],
+    ["counts a tag that cannot be read as none", 4, 4, tagged("x"), 1, { max: 5, tag: "4/5" }],
+  ])("%s", (_, desired, max, tags, units, raised) => {
+    expect(raisedMax({ desired, max, tags }, units)).toEqual(raised);
+  });
+});
+
+describe("whom a claim replaces", () => {
+  const claim = (id: string, replaces?: string, order?: string) =>
+    instance(id, {
+      tags: {
+        ...(replaces === undefined ? {} : { "spotmax:replaces": replaces }),
+        ...(order === undefined ? {} : { "spotmax:order": order }),
+      },
+    });
+  test.each([
+    ["launched alone: the one it names", claim("i-9", "i-1"), "i-1"],
+    ["launched in a batch: the n-th replaces the n-th", claim("i-9", "i-1 i-2 i-3", "i-7 i-9 i-8"), "i-2"],
+    ["one of fewer than were asked for", claim("i-8", "i-1 i-2 i-3", "i-7 i-8"), "i-2"],
+    ["the order is not written yet", claim("i-9", "i-1 i-2"), undefined],
+    ["the order does not name it", claim("i-9", "i-1 i-2", "i-7 i-8"), undefined],
+    ["the order has more than there were old ones", claim("i-9", "i-1 i-2", "i-7 i-8 i-9"), undefined],
+    ["none of ours", claim("i-9"), undefined],
+    ["an empty tag", claim("i-9", ""), undefined],
+  ])("%s", (_, of, old) => {
+    expect(replacedBy(of)).toBe(old);
+  });
+});
+
+describe("where two claims live, the winner", () => {
+  const settled = { tags: { "spotmax:attached": "2026-03-01T12:00:00Z" } };
+  test.each([
+    ["has the lowest ID, in whatever order they come", [instance("i-3"), instance("i-1"), instance("i-2")], "i-1"],
+    ["may be pending", [instance("i-1", { state: "pending" }), instance("i-2")], "i-1"],
+    ["is the settled one before that", [instance("i-1"), instance("i-2", settled)], "i-2"],
+    ["is the lowest of two settled ones", [instance("i-3", settled), instance("i-2", settled), instance("i-1")], "i-2"],
+    ["is never dead", [instance("i-1", { state: "shutting-down" }), instance("i-2", { state: "terminated", ...settled }), instance("i-3")], "i-3"],
+    ["is never stopped", [instance("i-1", { state: "stopped" }), instance("i-2", { state: "stopping" })], undefined],
+    ["is nobody where there is none", [], undefined],
+  ])("%s", (_, claims, id) => {
+    const before = claims.map((c) => c.id);
+    expect(winner(claims)?.id).toBe(id);
+    expect(claims.map((c) => c.id)).toEqual(before);
+  });
+});
+
+describe("AWS's answers become plain records", () => {
+  test("an instance", () => {
+    expect(
+      toInstance({
+        InstanceId: "i-1",
+        InstanceType: "m5.large",
+        Placement: { AvailabilityZone: "a" },
+        State: { Name: "terminated" },
+        StateReason: { Code: "Client.InternalError", Message: "Client error on launch" },
+        InstanceLifecycle: "spot",
+        LaunchTime: new Date(5),
+        Tags: [{ Key: "Name", Value: "x" }, { Key: "empty" }],
+      }),
+    ).toEqual({
+      id: "i-1",
+      type: "m5.large",
+      zone: "a",
+      state: "terminated",
+      stateReason: "Client.InternalError: Client error on launch",
+      spot: true,
+      launchedMs: 5,
+      tags: { Name: "x", empty: "" },
+    });
+    expect(toInstance({ InstanceId: "i-1" })?.spot).toBeFalse();
+    expect(toInstance({})).toBeUndefined();
+  });
+
+  const sizes = { MinSize: 1, MaxSize: 4, DesiredCapacity: 2, DefaultCooldown: 0, CreatedTime: new Date(0) };
+  const bare = { AutoScalingGroupName: "web", AvailabilityZones: ["a"], HealthCheckType: "EC2", ...sizes };
+
+  test("a group with a launch template", () => {
+    const record = toGroup({
+      ...bare,
+      VPCZoneIdentifier: "subnet-1, subnet-2",
+      LaunchTemplate: { LaunchTemplateId: "lt-1", Version: "3" },
+      Instances: [
+        {
+          InstanceId: "i-1",
+          AvailabilityZone: "a",
+          LifecycleState: "InService",
+          HealthStatus: "Healthy",
+          ProtectedFromScaleIn: true,
+          WeightedCapacity: "3",
+        },
+      ],
+      SuspendedProcesses: [{ ProcessName: "Launch" }],
+      TargetGroupARNs: ["arn:1"],
+      TrafficSources: [
+        { Identifier: "arn:1", Type: "elbv2" },
+        { Identifier: "arn:2", Type: "elbv2" },
+        { Identifier: "arn:3", Type: "vpc-lattice" },
+      ],
+      Status: "Delete in progress",
+    });
+    expect(record).toMatchObject({
+      name: "web",
+      min: 1,
+      max: 4,
+      desired: 2,
+      subnets: ["subnet-1", "subnet-2"],
+      template: { LaunchTemplateId: "lt-1", Version: "3" },
+      targetGroups: ["arn:1", "arn:2"],
+      status: "Delete in progress",
+    });
+    expect(record?.suspended.has("Launch")).toBeTrue();
+    expect(record?.members.get("i-1")).toMatchObject({ group: "web", isProtected: true, weight: 3, lifecycleState: "InService" });
+  });
+
+  test("a mixed instances policy's template, types, weights, price and order", () => {
+    const own = { LaunchTemplateName: "arm" };
+    const record = toGroup({
+      ...bare,
+      MixedInstancesPolicy: {
+        LaunchTemplate: {
+          LaunchTemplateSpecification: { LaunchTemplateId: "lt-2" },
+          Overrides: [
+            { InstanceType: "m5.large", WeightedCapacity: "2" },
+            { InstanceType: "m6g.large", LaunchTemplateSpecification: own },
+            { InstanceRequirements: { VCpuCount: { Min: 2 }, MemoryMiB: { Min: 1 } } },
+          ],
+        },
+        InstancesDistribution: { SpotMaxPrice: "0.05", OnDemandAllocationStrategy: "prioritized" },
+      },
+    });
+    expect(record).toMatchObject({
+      template: { LaunchTemplateId: "lt-2" },
+      overrides: [
+        { type: "m5.large", weight: 2 },
+        { type: "m6g.large", weight: 1, template: own },
+        { requirements: { VCpuCount: { Min: 2 }, MemoryMiB: { Min: 1 } }, weight: 1 },
+      ],
+      spotMaxPrice: "0.05",
+      prioritized: true,
+      desiredType: "units",
+    });
+  });
+
+  test("a launch configuration is no template, and a group without a name no group", () => {
+    expect(toGroup({ ...bare, LaunchConfigurationName: "lc" })?.template).toBeUndefined();
+    expect(toGroup({ ...bare, AutoScalingGroupName: undefined })).toBeUndefined();
+  });
+
+  test("of a group's tags those it propagates go onto what we launch, without our own and AWS's", () => {
+    const record = toGroup({
+      ...bare,
+      Tags: [
+        { Key: "team", Value: "x", PropagateAtLaunch: true },
+        { Key: "stays", Value: "x", PropagateAtLaunch: false },
+        { Key: "aws:cloudformation:stack-id", Value: "x", PropagateAtLaunch: true },
+        ...["group", "replaces", "order", "attached", "detached", "max_size"].map((name) => ({
+          Key: `spotmax:${name}`,
+          Value: "x",
+          PropagateAtLaunch: true,
+        })),
+      ],
+    });
+    expect(record?.propagatedTags).toEqual([{ Key: "team", Value: "x" }]);
+    expect(record?.tags).toMatchObject({ stays: "x", "spotmax:max_size": "x" });
+  });
+});
