@@ -418,7 +418,7 @@ export function makeLog(write: (line: string) => void, now: () => number, tty: b
 
 /** `minlevel` of conf/seelog.xml, the manual's file; it counts where `system.log_level` is absent. */
 export function seelogLevel(xml: string): Level | undefined {
-  const name = /\bminlevel\s*=\s*"(\w+)"/.exec(xml)?.[1]?.toLowerCase();
+  const name = /\bminlevel\s*=\s*["'](\w+)["']/.exec(xml.replace(/<!--.*?-->/gs, ""))?.[1]?.toLowerCase();
   if (name === "trace") return "debug";
   return name === "critical" || name === "off" ? "error" : LEVELS.find((level) => level === name);
 }
@@ -1755,7 +1755,9 @@ export function planLaunch(x: {
   else if (rung === "any spot")
     offers = [...offers, ...x.alt.filter((type) => !offers.some((o) => o.type === type)).map((type) => ({ type, weight: 1 }))];
 
-  const pools = offers.flatMap((offer, priority) =>
+  // A type may be named twice, for two templates; a pool asked for twice is refused.
+  const distinct = offers.filter((o, i) => !o.type || offers.findIndex((other) => other.type === o.type) === i);
+  const pools = distinct.flatMap((offer, priority) =>
     zones.flatMap((zone): Pool[] => {
       const base = { zone, subnet: x.subnets.get(zone), template: offer.template ?? template, priority };
       if (!offer.requirements) return [{ ...base, type: offer.type }];
@@ -1771,17 +1773,16 @@ export function planLaunch(x: {
   return untried.length || !x.desperate ? untried : pools;
 }
 
-/** Attribute-based: the type that is being reclaimed in this zone is excluded by name, which AWS refuses beside a list of allowed ones. */
+/** Attribute-based: the old one's type, which is being reclaimed in this zone, is left out by name. */
 function excluding(pool: Pool, old: { type: string }, lifecycle: "spot" | "on-demand", memory: PoolMemory): Pool {
   const { requirements, zone } = pool;
-  if (!requirements || requirements.AllowedInstanceTypes?.length || !memory(lifecycle, old.type, zone)) return pool;
-  return {
-    ...pool,
-    requirements: {
-      ...requirements,
-      ExcludedInstanceTypes: [...new Set([...(requirements.ExcludedInstanceTypes ?? []), old.type])],
-    },
-  };
+  if (!requirements || !old.type || !memory(lifecycle, old.type, zone)) return pool;
+  const { AllowedInstanceTypes: allowed = [], ExcludedInstanceTypes: excluded = [], ...rest } = requirements;
+  // AWS takes one of the two lists only.
+  if (!allowed.length)
+    return { ...pool, requirements: { ...rest, ExcludedInstanceTypes: [...new Set([...excluded, old.type])] } };
+  const others = allowed.filter((type) => type !== old.type);
+  return others.length ? { ...pool, requirements: { ...rest, AllowedInstanceTypes: others } } : pool;
 }
 /** Where desired counts vCPUs or memory, the replacement must have as much as the old one, so that desired comes out even. */
 function ofWeight(

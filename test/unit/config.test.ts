@@ -267,7 +267,7 @@ test.each([
   ["a number that begins with 0", '{\n  "a": 01\n}', 2, 9],
   ["a brace missing at the end", '{\n  "a": {\n    "b": 1\n  }\n', 5, 1],
   ["a brace too many", '{\n  "a": 1\n}}', 3, 2],
-  ["text behind the end", '{}\n\nend', 3, 1],
+  ["text behind the end", "{}\n\nend", 3, 1],
   ["Windows line ends", '{\r\n  "a": 1,\r\n  x\r\n}', 3, 3],
   ["a byte order mark, which is no column", "\uFEFF{x}", 1, 2],
   ["an empty file", "", 1, 1],

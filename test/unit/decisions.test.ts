@@ -37,11 +37,8 @@ describe("the steps", () => {
   };
 
   test.each(QUEUES)("of %s stand in the order of the design", (queue) => {
-    const wanted = order[queue][Symbol.iterator]();
-    const there = TABLE[queue].map((step) => step.name);
-    for (const name of there) expect([name, ...wanted.take(0), [...order[queue]].includes(name)]).toEqual([name, true]);
     let from = 0;
-    for (const name of there) {
+    for (const { name } of TABLE[queue]) {
       const at = order[queue].indexOf(name, from);
       expect([name, at >= from]).toEqual([name, true]);
       from = at + 1;
@@ -163,7 +160,10 @@ describe("how an instance left its group", () => {
     ["one whose ID begins alike", [activity("Detaching", `detached, ${shrinking}.`, `${id}1`)]],
     ["its launch", [activity("Launching a new", `${at} an instance was started.`)]],
     ["its attach", [activity("Attaching an existing", `${at} an instance was attached in response to user request.`)]],
-    ["its standby", [activity("Moving", `${at} instance ${id} was moved to standby in response to a user request, ${shrinking}.`)]],
+    [
+      "its standby",
+      [activity("Moving", `${at} instance ${id} was moved to standby in response to a user request, ${shrinking}.`)],
+    ],
     ["without words", [{ ...activity("", ""), Description: undefined, Cause: undefined }]],
   ])("activities that do not tell (%s) leave it to the tag", (_, activities) => {
     expect(howItLeft(activities, id, true)).toBe("decremented");
@@ -188,7 +188,8 @@ describe("when to detach", () => {
     ["without a hard deadline", undefined, early],
   ])("%s", (_, seconds, answers) => {
     const deadlineMs = seconds === undefined ? undefined : 1_000_000 + seconds * 1000;
-    const row = (refused: boolean) => standings.map((standing) => whenToDetach({ nowMs: 1_000_000, deadlineMs, standing, refused }));
+    const row = (refused: boolean) =>
+      standings.map((standing) => whenToDetach({ nowMs: 1_000_000, deadlineMs, standing, refused }));
     expect(`${row(false).join(" ")} / ${row(true).join(" ")}`).toBe(answers);
   });
 });
@@ -248,10 +249,18 @@ describe("what becomes of an unsettled claim", () => {
       { ...inside, old: "substituted", membersInService: 5 },
       "end member",
     ],
-    ["nobody knows how its old one left: what is there stays, and is settled in the end", { ...inside, old: "unknown", watchedMs: 60 * minute }, "settle"],
+    [
+      "nobody knows how its old one left: what is there stays, and is settled in the end",
+      { ...inside, old: "unknown", watchedMs: 60 * minute },
+      "settle",
+    ],
     ["a loser in the group whose winner is in service: ended", { ...inside, isWinner: false }, "end member"],
     ["a loser in the group whose winner is not: kept", { ...inside, isWinner: false, winnerInService: false }, "leave"],
-    ["a loser on its way into the group: ended by ID all the same", { ...inside, isWinner: false, member: member("Pending") }, "end member"],
+    [
+      "a loser on its way into the group: ended by ID all the same",
+      { ...inside, isWinner: false, member: member("Pending") },
+      "end member",
+    ],
     ["a loser never settles", { ...inside, isWinner: false, winnerInService: false, old: "decremented" }, "leave"],
   ])("%s", (_, claim, verdict) => {
     expect(judgeClaim(claim)).toBe(verdict);
@@ -260,7 +269,9 @@ describe("what becomes of an unsettled claim", () => {
   test("a member is never ended as a leak, however old", () => {
     for (const old of ["staying", "decremented", "unknown"] as const)
       for (const isWinner of [true, false])
-        expect(judgeClaim({ ...inside, old, isWinner, winnerInService: isWinner, ageMs: 1e9, watchedMs: 1e9 })).not.toMatch("end");
+        expect(judgeClaim({ ...inside, old, isWinner, winnerInService: isWinner, ageMs: 1e9, watchedMs: 1e9 })).not.toMatch(
+          "end",
+        );
   });
 });
 
@@ -324,7 +335,11 @@ describe("where two claims live, the winner", () => {
     ["may be pending", [instance("i-1", { state: "pending" }), instance("i-2")], "i-1"],
     ["is the settled one before that", [instance("i-1"), instance("i-2", settled)], "i-2"],
     ["is the lowest of two settled ones", [instance("i-3", settled), instance("i-2", settled), instance("i-1")], "i-2"],
-    ["is never dead", [instance("i-1", { state: "shutting-down" }), instance("i-2", { state: "terminated", ...settled }), instance("i-3")], "i-3"],
+    [
+      "is never dead",
+      [instance("i-1", { state: "shutting-down" }), instance("i-2", { state: "terminated", ...settled }), instance("i-3")],
+      "i-3",
+    ],
     ["is never stopped", [instance("i-1", { state: "stopped" }), instance("i-2", { state: "stopping" })], undefined],
     ["is nobody where there is none", [], undefined],
   ])("%s", (_, claims, id) => {

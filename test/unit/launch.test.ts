@@ -159,10 +159,13 @@ describe("desired comes out even", () => {
     ],
   });
 
-  test.each(["balanced spot", "any spot", "on-demand"] as const)("a weighted group offers types of one weight only: %s", (rung) => {
-    const pools = plan({ group: weighted, old: { type: "m5.xlarge", zone: "a", weight: 4 }, rung, alt: ["t3.large"] });
-    expect([...new Set(pools.map((p) => p.type))]).toEqual(["m5.xlarge", "r5.xlarge"]);
-  });
+  test.each(["balanced spot", "any spot", "on-demand"] as const)(
+    "a weighted group offers types of one weight only: %s",
+    (rung) => {
+      const pools = plan({ group: weighted, old: { type: "m5.xlarge", zone: "a", weight: 4 }, rung, alt: ["t3.large"] });
+      expect([...new Set(pools.map((p) => p.type))]).toEqual(["m5.xlarge", "r5.xlarge"]);
+    },
+  );
 
   test("where no type has that weight any more, it is the old one's", () => {
     const pools = plan({ group: weighted, old: { type: "m5.2xlarge", zone: "a", weight: 8 } });
@@ -273,7 +276,9 @@ describe("the fleet request", () => {
   });
 
   test("has at most the 300 overrides that AWS takes, the first ones", () => {
-    const pools = Array.from({ length: 301 }, (_, n) => pool({ type: `m5.t${n}`, template: { LaunchTemplateId: `lt-${n % 2}` } }));
+    const pools = Array.from({ length: 301 }, (_, n) =>
+      pool({ type: `m5.t${n}`, template: { LaunchTemplateId: `lt-${n % 2}` } }),
+    );
     const asked = overrides(fleetRequest(group(), pools, "spot", tags, 1)).map((o) => o.InstanceType);
     expect(new Set<string | undefined>(asked)).toEqual(new Set(pools.slice(0, 300).map((p) => p.type)));
     expect(asked).toHaveLength(300);

@@ -114,6 +114,8 @@ describe("what cannot be understood throws, and so goes to the dead-letter queue
 });
 
 describe("what a message carries", () => {
+  const maxgroup = { group: "web", kind: "maintenance", notice: "n", options: {} };
+
   test.each([
     ["interruption-carried", "interruption_evt_sqs"],
     ["detach", "detach_evt_sqs"],
@@ -133,15 +135,29 @@ describe("what a message carries", () => {
     });
   });
 
-  test("options read, written and read again are the same", () => {
-    const options = optionsOf({ alt2: "m5.large", alt10: "c5.large", persistence_dev: "/dev/sdf", consul_port: "8500" });
-    const maxgroup = { group: "web", kind: "rebalance", notice: "n", options };
-    const notice = readNotice(changed("detach", { maxgroup }), "detach_evt_sqs");
-    expect(notice).toMatchObject({ id: "n", kind: "rebalance", carried: { group: "web", options } });
+  test("options written and read again are the same, as often as they are sent on", () => {
+    const options = optionsOf({ alt1: "m5.large", alt2: "c5.large", persistence_dev: "/dev/sdf", consul_port: "8500" });
+    let sent: object = options;
+    for (let copies = 0; copies < 3; copies++) {
+      const notice = readNotice(changed("detach", { maxgroup: { ...maxgroup, options: sent } }), "detach_evt_sqs");
+      sent = ("notOurs" in notice ? undefined : notice.carried?.options) ?? {};
+      expect(sent).toEqual(options);
+    }
+  });
+
+  test("extra types keep their order, also where the file left numbers out", () => {
+    const options = optionsOf({ alt10: "c5.large", alt2: "m5.large" });
+    const notice = readNotice(changed("detach", { maxgroup: { ...maxgroup, options } }), "detach_evt_sqs");
+    expect(notice).toMatchObject({ carried: { options: { alt: ["m5.large", "c5.large"] } } });
+  });
+
+  test("options of another version are passed over: what is begun is finished", () => {
+    const options = { detaching_delay_seconds: 5, of_tomorrow: true };
+    const notice = readNotice(changed("detach", { maxgroup: { ...maxgroup, options } }), "detach_evt_sqs");
+    expect(notice).toMatchObject({ carried: { options: optionsOf({ detaching_delay_seconds: 5 }) } });
   });
 
   test("without a hard deadline has none", () => {
-    const maxgroup = { group: "web", kind: "maintenance", notice: "n", options: {} };
     const notice = readNotice(changed("detach", { maxgroup }), "detach_evt_sqs");
     expect("notOurs" in notice ? notice : notice.carried?.deadlineMs).toBeUndefined();
   });
