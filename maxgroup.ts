@@ -2224,6 +2224,7 @@ async function raiseMaximum(ctx: Ctx, group: Group, units: number): Promise<void
   const raised = raisedMax(group, units);
   if (!raised) return;
   const { name } = group;
+  ctx.state.restoring.set(name, {});
   // The tag first: a maximum raised without a record would never be put back.
   await aws(ctx, `recording the maximum of ${name}`, (o) =>
     ctx.deps.autoScaling.send(new CreateOrUpdateTagsCommand({ Tags: [groupTag(name, TAG.maxSize, raised.tag)] }), o),
@@ -2611,7 +2612,11 @@ async function managerLoop(ctx: Ctx): Promise<void> {
       if (error instanceof Stopped) return;
       ctx.deps.log.error(`instance manager: ${errorText(error)}; trying again`, { error: errorName(error) });
     }
-    await pause(ctx, busy ? BUSY_MS : IDLE_MS).catch(() => undefined); // only ever Stopped
+    // Whatever is begun meanwhile ends the long pause.
+    for (let pausedMs = 0; pausedMs === 0 || (pausedMs < IDLE_MS && !busy); pausedMs += BUSY_MS) {
+      await pause(ctx, BUSY_MS).catch(() => undefined); // only ever Stopped
+      busy ||= ctx.signal.aborted || ctx.state.restoring.size > 0 || [...ctx.state.claims.values()].some((c) => !isSettled(c));
+    }
   }
 }
 
@@ -2817,7 +2822,7 @@ async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Prom
     if (tag !== group.tags[TAG.maxSize] || now.max !== group.max) return true; // changed under our eyes: look again
     if (!isOurs(now.max)) {
       // The original one: recorded and not raised yet, or just put back, and a slow call may raise it once more.
-      if (now.max === ours.original && !isDue(calmSinceMs, 30_000)) return true;
+      if (now.max === ours.original && !isDue(calmSinceMs, 20_000)) return true;
       await dropTag();
       ctx.state.restoring.delete(name);
       return false;

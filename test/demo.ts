@@ -313,14 +313,7 @@ async function main(): Promise<number> {
     "the last messages handled",
     () => depth(queues.termination) === 0 && scenes.every((s) => s.old.state === "terminated"),
   );
-  draw(
-    [
-      dim(
-        `         skipped ahead to the deadline and a minute beyond: AWS takes the three, ${owed} last messages find nothing to do`,
-      ),
-    ],
-    [],
-  );
+  draw([dim(`         skipped ahead past the deadline: AWS takes the three, the ${owed} last messages find nothing to do`)], []);
 
   const stopMs = performance.now();
   daemon.kill("SIGTERM");
@@ -335,7 +328,7 @@ async function main(): Promise<number> {
 
   heading("Totals");
   const total = [...calls.values()].reduce((a, b) => a + b, 0);
-  const most = [...calls].toSorted((a, b) => b[1] - a[1]).slice(0, 4);
+  const most = [...calls].toSorted((a, b) => b[1] - a[1]).slice(0, 3);
   const at = (what: string, id: string) => world.audit.find((a) => a.what === what && a.ids.includes(id))?.atMs ?? Number.NaN;
   const since = (ms: number) => `${((ms - noticeMs) / 1000).toFixed(2)} s`;
   for (const { name, color, old } of scenes) {

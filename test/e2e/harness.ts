@@ -65,6 +65,9 @@ export class Daemon {
     }
     if (rest) this.lines.push(rest);
   }
+  get pid(): number {
+    return this.#child.pid;
+  }
   get isAlive(): boolean {
     return this.#child.exitCode === null && this.#child.signalCode === null;
   }
@@ -260,15 +263,19 @@ export class Scene {
     }
   }
 
-  /** Kills the daemon with signal 9 at that moment; resolves once it is dead. */
-  killAt(daemon: Daemon, moment: Moment): Promise<void> {
+  /** Does this at that moment, before the call goes on; resolves once it is done. */
+  at(moment: Moment, act: () => Promise<unknown>): Promise<void> {
     const { promise, resolve } = Promise.withResolvers<void>();
     const fire = async () => {
-      await daemon.end("SIGKILL");
+      await act();
       resolve();
     };
     this.#moments.push({ ...moment, fire });
     return promise;
+  }
+  /** Kills the daemon with signal 9 at that moment; resolves once it is dead. */
+  killAt(daemon: Daemon, moment: Moment): Promise<void> {
+    return this.at(moment, () => daemon.end("SIGKILL"));
   }
   /** Resolves at that moment, and disturbs nothing; the effect of a call noticed before it is yet to come. */
   reached(call: string): Promise<void> {

@@ -1,7 +1,7 @@
 // The compiled binary replaces interrupted instances over HTTP. Every story is its own world, port and process, and
 // all run at once; `finish` checks at each end what must hold whatever happens.
 import { expect, test } from "bun:test";
-import { existsSync, mkdirSync, readFileSync, renameSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, readlinkSync, renameSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import type { Delays } from "../aws/world.ts";
 import { only, onStage, type Scene, sleep } from "./harness.ts";
@@ -289,12 +289,25 @@ story("two daemons on the same queues: one replacement in the group for each, no
   await s.finish([...web, ...api], { launches: "any", seconds: 130 });
 });
 
-story("AWS out of reach for five seconds in the middle of it: it goes on by itself", async (s) => {
+// The moment at which nobody but the cloud knows what was launched, and for longer than the retries last.
+story(
+  "AWS out of reach for six seconds from the answer of CreateFleet on: what was launched is found, not launched again",
+  async (s) => {
+    const old = first(s.group({ name: "web", ...tight }));
+    await s.start();
+    const over = s.at({ call: "ec2:CreateFleet", when: "after", matches: real }, () => s.outage(6_000));
+    s.interrupt(old, { seconds: 60 });
+    await over;
+    await s.finish([old], { seconds: 100 });
+  },
+);
+
+story("AWS out of reach for six seconds between launch and attach: it goes on by itself", async (s) => {
   const old = first(s.group({ name: "web", ...tight }));
   await s.start();
+  const over = s.at({ call: "autoscaling:AttachInstances", when: "before" }, () => s.outage(6_000));
   s.interrupt(old, { seconds: 60 });
-  await s.until("launched", 10, () => s.claims().length === 1);
-  await s.outage(5_000);
+  await over;
   await s.finish([old], { seconds: 100 });
 });
 
@@ -334,10 +347,21 @@ story("SIGHUP when the log's folder is gone: it says so where it still can, and 
   const old = first(s.group({ name: "web", ...roomy }));
   mkdirSync(join(s.folder, "logs"));
   const { daemon } = await s.start("-l", "logs/max_group.log");
+  await s.until("it runs", 10, () => readFileSync(join(s.folder, "logs/max_group.log"), "utf8").includes("start termination"));
   rmSync(join(s.folder, "logs"), { recursive: true });
+  s.world.createGroup({ name: "late", ...roomy });
+  s.configure({ groups: { late: {} } });
+  const reads = () => s.world.calls["s3:GetObject"] ?? 0;
+  const before = reads();
   daemon.signal("SIGHUP");
-  await sleep(1_000);
+  await sleep(1_500);
   expect(daemon.isAlive).toBe(true);
+  expect(daemon.lines.filter((line) => /^\s+at /.test(line))).toEqual([]); // no stack trace
+  expect(reads()).toBe(before + 1);
+  // The number of a closed descriptor would soon be a connection's, with the log going into it.
+  const fds = `/proc/${daemon.pid}/fd`;
+  const open = readdirSync(fds).map((fd) => readlinkSync(join(fds, fd)));
+  expect(daemon.has("level=") || open.some((file) => file.includes("max_group.log"))).toBe(true);
   s.interrupt(old);
   await s.finish([old]);
 });

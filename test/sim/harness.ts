@@ -1,20 +1,8 @@
 import { expect } from "bun:test";
 // A scenario's stage: the simulated AWS under virtual time, and one or more daemons, each the real program on
 // effects that lead into it. `kill` drops a daemon where it stands: none of its promises goes on.
-import {
-  type Config,
-  type Ctx,
-  checkGroups,
-  type Deps,
-  type Ec2Instance,
-  type Level,
-  type Log,
-  makeContext,
-  makeLog,
-  parseConfig,
-  replacedBy,
-  run,
-} from "../../maxgroup.ts";
+import * as maxgroup from "../../maxgroup.ts";
+import { type Config, type Ctx, type Deps, type Ec2Instance, type Level, type Log, replacedBy } from "../../maxgroup.ts";
 import { client } from "../aws/clients.ts";
 import { VirtualClock } from "../aws/clock.ts";
 import type { Instance } from "../aws/ec2.ts";
@@ -29,6 +17,18 @@ export type Daemon = {
   running: Promise<void>;
 };
 
+/** What a stage needs of the program: the real one, or a copy with a bug in it. */
+export type Program = Pick<typeof maxgroup, "checkGroups" | "makeContext" | "makeLog" | "parseConfig" | "run">;
+
+export type DaemonOptions = {
+  /** Sets its clock apart from the world's. */
+  skewMs?: number;
+  config?: Config;
+  level?: Level;
+  /** Hears of every await point, a call of the world or of the clock, before it begins: a place to kill at. */
+  onAwait?: (input?: object) => void;
+};
+
 export class Stage {
   readonly clock = new VirtualClock();
   readonly world: World;
@@ -40,9 +40,11 @@ export class Stage {
   readonly #sizesAtStart = new Map<string, number>();
   readonly #protected = new Set<string>();
   #daemons = 0;
+  readonly #program: Program;
   groups: Record<string, object> = {};
 
-  constructor(options: Partial<WorldOptions> = {}) {
+  constructor({ program = maxgroup, ...options }: Partial<WorldOptions> & { program?: Program } = {}) {
+    this.#program = program;
     this.world = new World({ clock: this.clock, checkOutputs: true, ...options });
     this.queues = this.world.createQueues();
     this.world.onCapacity((sample) => this.samples.push(sample));
@@ -61,7 +63,7 @@ export class Stage {
 
   config(queueOptions: object = {}): Config {
     const queue = (queue_url: string) => ({ queue_url, ...queueOptions });
-    return parseConfig(
+    return this.#program.parseConfig(
       JSON.stringify({
         global: {
           interruption_evt_sqs: queue(this.queues.interruption),
@@ -73,8 +75,13 @@ export class Stage {
     );
   }
 
-  /** Starts a daemon; `skewMs` sets its clock apart from the world's. */
-  async start({ skewMs = 0, config = this.config(), level = "debug" as Level } = {}): Promise<Daemon> {
+  /** Starts a daemon and waits until it has looked at its groups. */
+  async start(options: DaemonOptions = {}): Promise<Daemon> {
+    const daemon = this.spawn(options);
+    await this.until(() => daemon.ctx.state.groups.size > 0, 60);
+    return daemon;
+  }
+  spawn({ skewMs = 0, config = this.config(), level = "debug", onAwait }: DaemonOptions = {}): Daemon {
     const id = ++this.#daemons;
     const stop = new AbortController();
     let dead = false;
@@ -89,13 +96,16 @@ export class Stage {
         },
       );
     const wrap = <C extends { send: unknown }>(inner: C): C => {
-      const send = (...args: unknown[]) => (dead ? never : alive((inner.send as (...a: unknown[]) => Promise<unknown>)(...args)));
+      const send = (...args: unknown[]) => {
+        if (!dead) onAwait?.((args[0] as { input: object }).input);
+        return dead ? never : alive((inner.send as (...a: unknown[]) => Promise<unknown>)(...args));
+      };
       return { send } as unknown as C;
     };
     const sqs = wrap(client(this.world, "sqs"));
     const random = this.world.random;
     const now = () => this.clock.now() + skewMs;
-    const log: Log = makeLog(
+    const log: Log = this.#program.makeLog(
       (line) => this.lines.push(line),
       () => this.clock.now(),
       true,
@@ -108,16 +118,18 @@ export class Stage {
       s3: wrap(client(this.world, "s3")),
       sqs: () => sqs,
       now,
-      sleep: (ms, signal) => (dead ? never : alive(this.clock.sleep(ms, signal))),
+      sleep: (ms, signal) => {
+        if (!dead) onAwait?.();
+        return dead ? never : alive(this.clock.sleep(ms, signal));
+      },
       random: () => random.next(),
       log,
     };
-    const ctx = makeContext(deps, config, stop.signal);
+    const ctx = this.#program.makeContext(deps, config, stop.signal);
     const running = (async () => {
-      await checkGroups(ctx);
-      await run(ctx);
+      await this.#program.checkGroups(ctx);
+      await this.#program.run(ctx);
     })();
-    await this.until(() => ctx.state.groups.size > 0, 60);
     return {
       ctx,
       running,

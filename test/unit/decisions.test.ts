@@ -15,7 +15,7 @@ import {
   whenToDetach,
   winner,
 } from "../../maxgroup.ts";
-import { group, instance } from "./fixtures/index.ts";
+import { instance } from "./fixtures/index.ts";
 
 describe("the steps", () => {
   // DESIGN.md's table; before and after the attach where that depends on the deadline.
@@ -291,18 +291,26 @@ describe("the maximum", () => {
   );
 
   const tagged = (tag: string) => ({ "spotmax:max_size": tag });
+  test("is left alone where there is room", () => {
+    for (const tags of [{}, tagged("4/5")]) expect(raisedMax({ desired: 3, max: 5, tags }, 2)).toBeUndefined();
+  });
+
   test.each([
-    ["is left alone where there is room", 3, 5, {}, 2, undefined],
-    ["is raised by what is missing", 4, 4, {}, 1, { max: 5, tag: "4/5" }],
-    ["is raised in units of weight", 8, 10, {}, 4, { max: 12, tag: "10/12" }],
-    ["keeps its first original when it is raised again", 5, 5, tagged("4/5"), 1, { max: 6, tag: "4/6" }],
-    ["keeps it also where it was raised in part", 5, 5, tagged("4/8"), 4, { max: 9, tag: "4/9" }],
-    ["is somebody else's above what we raised it to: that is the original now", 9, 9, tagged("4/5"), 1, { max: 10, tag: "9/10" }],
-    ["is somebody else's below our original too", 3, 3, tagged("4/5"), 1, { max: 4, tag: "3/4" }],
-    ["is the original itself where we only recorded it", 4, 4, tagged("4/5"), 1, { max: 5, tag: "4/5" }],
-    ["counts a tag that cannot be read as none", 4, 4, tagged("x"), 1, { max: 5, tag: "4/5" }],
-  ])("%s", (_, desired, max, tags, units, raised) => {
-    expect(raisedMax({ desired, max, tags }, units)).toEqual(raised);
+    ["makes room for what comes", 4, 4, {}, 1, 4],
+    ["makes room in units of weight", 8, 10, {}, 4, 10],
+    ["makes room for a wave of any size", 4, 4, {}, 20, 4],
+    ["may have been none at all", 0, 0, {}, 1, 0],
+    ["keeps its first original when it is raised again", 5, 5, tagged("4/5"), 1, 4],
+    ["keeps it also where it was raised in part", 5, 5, tagged("4/8"), 4, 4],
+    ["is somebody else's above what we raised it to: that is the original now", 9, 9, tagged("4/5"), 1, 9],
+    ["is somebody else's below our original too", 3, 3, tagged("4/5"), 1, 3],
+    ["is the original itself where we only recorded it", 4, 4, tagged("4/5"), 1, 4],
+    ["counts a tag that cannot be read as none", 4, 4, tagged("x"), 1, 4],
+  ])("raised, %s", (_, desired, max, tags, units, original) => {
+    const raised = raisedMax({ desired, max, tags }, units);
+    expect(raised?.max).toBeGreaterThanOrEqual(desired + units);
+    // What is recorded says both where it was and where it is now.
+    expect(readMaxTag(raised?.tag)).toEqual({ original, raised: raised?.max ?? Number.NaN });
   });
 });
 
