@@ -59,7 +59,7 @@ import {
   SendMessageBatchCommand,
   SQSClient,
 } from "@aws-sdk/client-sqs";
-import { findNodeAtLocation, type ParseError, parseTree, printParseErrorCode } from "jsonc-parser";
+import { findNodeAtLocation, type Node, type ParseError, parseTree, printParseErrorCode } from "jsonc-parser";
 import * as v from "valibot";
 import pkg from "./package.json" with { type: "json" };
 
@@ -94,7 +94,7 @@ export type Flags = {
   v: boolean;
 };
 
-/** Reads the arguments after the program's name; a string is what is wrong with them. */
+/** Reads the arguments after the program's name; a string is what is wrong with them, an empty one asks for help. */
 export function parseFlags(args: string[]): Flags | string {
   const flags: Flags = { t: false, v: false };
   for (let i = 0; i < args.length; i++) {
@@ -102,6 +102,7 @@ export function parseFlags(args: string[]): Flags | string {
     if (arg === "--" && i === args.length - 1) break;
     const [, name, given] = /^--?([^-=][^=]*)(?:=(.*))?$/s.exec(arg) ?? [];
     if (name === undefined) return `unexpected argument "${arg}"`;
+    if (name === "h" || name === "help") return "";
     if (name === "t" || name === "v") {
       const value = /^(?:(1|t|true)|(0|f|false))$/i.exec(given ?? "true");
       if (!value) return `invalid boolean value "${given}" for -${name}`;
@@ -188,12 +189,13 @@ export function nearest(name: string, known: string[]): string | undefined {
 /** An object that refuses keys it does not know; valibot's own strictObject stops at the first of them. */
 function closed<E extends v.ObjectEntries>(entries: E, also?: { key: RegExp; value: RegExp; allowed: string }) {
   return v.pipe(
+    v.custom<Record<string, unknown>>((x) => typeof x === "object" && x !== null && !Array.isArray(x), "an object"),
     v.looseObject(entries, "an object"),
     v.rawCheck(({ dataset, addIssue }) => {
       const input: unknown = dataset.value;
       if (typeof input !== "object" || input === null) return;
       for (const [key, value] of Object.entries(input)) {
-        if (key in entries) continue;
+        if (Object.hasOwn(entries, key)) continue;
         const near = nearest(key, Object.keys(entries));
         let message = `no such key${near ? `; did you mean "${near}"?` : `; known here: ${Object.keys(entries).join(", ")}`}`;
         if (also?.key.test(key)) {
@@ -237,7 +239,9 @@ const ServiceConfig = closed({
   system: v.optional(
     closed({
       log_level: v.optional(v.picklist(["debug", "info", "warn", "warning", "error"], "one of debug, info, warn, error")),
-      listen: v.optional(text("HOST:PORT", /^.*:\d+$/)),
+      listen: v.optional(
+        v.custom<string>((x) => typeof x === "string" && Number(/:(\d+)$/.exec(x)?.[1] ?? 65536) < 65536, "HOST:PORT"),
+      ),
       config_refresh_seconds: v.optional(wholeNumber(0, 86_400), 60),
       webhook_url: v.optional(text("an http(s) URL", /^https?:\/\//)),
       spot_advisor_url: v.optional(text("an http(s) URL", /^https?:\/\//)),
@@ -269,42 +273,52 @@ export function parseConfig(json: string, file = "service_config.json"): Config 
   const errors: ParseError[] = [];
   const clean = json.replace(/^\uFEFF/, "");
   const tree = parseTree(clean, errors, { disallowComments: true });
-  const at = (offset: number) => {
-    const before = clean.slice(0, offset).split("\n");
-    return `line ${before.length}, column ${(before.at(-1)?.length ?? 0) + 1}`;
-  };
+  const lineOf = (offset: number) => clean.slice(0, offset).split("\n").length;
+  const columnOf = (offset: number) => offset - clean.lastIndexOf("\n", offset - 1);
   const [first] = errors;
   if (first || !tree) {
     const what = printParseErrorCode(first?.error ?? 4)
       .replace(/([a-z])([A-Z])/g, "$1 $2")
       .toLowerCase();
-    throw new ConfigError(`${file} is not valid JSON: ${what} at ${at(first?.offset ?? 0)}`);
+    throw new ConfigError(
+      `${file} is not valid JSON: ${what} at line ${lineOf(first?.offset ?? 0)}, column ${columnOf(first?.offset ?? 0)}`,
+    );
   }
   const parsed = v.safeParse(ServiceConfig, JSON.parse(clean));
+  const fault = (path: string[], rule: string) => {
+    const node = findNodeAtLocation(tree, path);
+    const found = node ? `is ${clean.slice(node.offset, node.offset + node.length).slice(0, 80)}` : "is missing";
+    return `${path.join(".") || "the file"}${node ? ` (line ${lineOf(node.offset)})` : ""} ${found}${rule}`;
+  };
   const faults = (parsed.issues ?? []).map((issue) => {
     const path = (issue.path ?? []).map((p) => String(p.key));
-    const node = findNodeAtLocation(tree, path);
-    const missing = issue.input === undefined;
-    const allowed = issue.kind === "schema" && issue.expected?.startsWith('"') ? `is missing` : issue.message;
-    const found = missing ? "is missing" : `is ${JSON.stringify(issue.input).slice(0, 80)}`;
-    const rule = issue.message.startsWith("no such key")
-      ? issue.message
-      : missing && allowed === "is missing"
-        ? ""
-        : `must be ${issue.message}`;
-    return `${path.join(".") || "the file"}${node ? ` (${at(node.offset).replace(/, .*/, "")})` : ""} ${found}${rule ? `: ${rule}` : ""}`;
+    // Under the spelling that stands in the file.
+    const spelled = path.map((key) => (key === "detaching_delay_seconds" ? "dettaching_delay_seconds" : key));
+    const known = !findNodeAtLocation(tree, path) && findNodeAtLocation(tree, spelled) ? spelled : path;
+    if (issue.message.startsWith("no such key")) return fault(known, `: ${issue.message}`);
+    const isBare = issue.input === undefined && issue.message.startsWith("Invalid key");
+    return fault(known, isBare ? "" : `: must be ${issue.message}`);
   });
-  if (parsed.success) {
-    const urls = QUEUES.map((name) => parsed.output.global[name].queue_url);
-    if (new Set(urls).size < 3) faults.push("global: the three queues must be three different queues");
-    if (!Object.keys(parsed.output.groups).length)
-      faults.push('groups is empty: name at least one Auto Scaling group, such as "web": {}');
-  }
+  faults.push(...hidden(tree).map((path) => fault(path, ": no such key")));
+  const valueAt = (path: string[]): unknown => findNodeAtLocation(tree, path)?.value;
+  const urls = QUEUES.map((name) => valueAt(["global", name, "queue_url"])).filter((url) => url !== undefined);
+  if (new Set(urls).size < urls.length) faults.push("global: the three queues must be three different queues");
+  if (findNodeAtLocation(tree, ["groups"])?.children?.length === 0)
+    faults.push('groups is empty: name at least one Auto Scaling group, such as "web": {}');
   if (!parsed.success || faults.length)
     throw new ConfigError(
       `${file} has ${faults.length} fault${faults.length === 1 ? "" : "s"}:\n${faults.map((f) => `  ${f}`).join("\n")}`,
     );
   return parsed.output;
+}
+/** Keys that valibot passes over in silence, wherever they stand. */
+function hidden(node: Node, path: string[] = []): string[][] {
+  return (node.children ?? []).flatMap((child, i) => {
+    const [key, value] = child.type === "property" ? (child.children ?? []) : [undefined, child];
+    const here = key ? [...path, String(key.value)] : node.type === "array" ? [...path, String(i)] : path;
+    const found = key && /^(__proto__|prototype|constructor)$/.test(String(key.value)) ? [here] : [];
+    return [...found, ...(value ? hidden(value, here) : [])];
+  });
 }
 
 /** The interval for preaction snapshots, from the two places in which the manual shows it; the one in `global` wins. */
@@ -328,7 +342,7 @@ export function withTags(options: GroupOptions, tags: Record<string, string>): {
       else faults.push(`tag ${key} is "${value}": must be an instance type such as m5.large`);
       continue;
     }
-    if (!(name in GROUP_OPTIONS)) {
+    if (!Object.hasOwn(GROUP_OPTIONS, name)) {
       faults.push(`tag ${key} is no option of a group`);
       continue;
     }
@@ -481,6 +495,12 @@ const isRetryable = (error: unknown) =>
   (RETRYABLE.has(errorName(error)) || status(error instanceof Error && error.cause ? error.cause : error) >= 500);
 /** The instance IDs that an error's text names. */
 const named = (error: unknown) => errorText(error).match(/\bi-[0-9a-f]{8,17}\b/g) ?? [];
+
+/**
+ * AWS's time, ms since 1970, as the first receipts of messages tell it: deadlines and ages are counted in it, for this
+ * machine's clock and another daemon's may be apart.
+ */
+const cloudNow = (ctx: Ctx) => ctx.deps.now() + ctx.state.clockOffsetMs;
 
 /** The program is being stopped; what was waiting gives way. */
 class Stopped extends Error {}
@@ -785,7 +805,8 @@ export function howItLeft(
   detachedTag: boolean,
 ): "decremented" | "substituted" | "unknown" {
   for (const { Description = "", Cause = "" } of activities) {
-    if (!/^(Detaching|Terminating) /.test(Description) || !`${Description} `.includes(`${instance} `)) continue;
+    if (!/^(Detaching|Terminating|Moving .*to Standby)/.test(Description) || !`${Description} `.includes(`${instance} `))
+      continue;
     return /shrinking the capacity/.test(Cause) ? "decremented" : "substituted";
   }
   return detachedTag ? "decremented" : "unknown";
@@ -818,16 +839,24 @@ function makeCloud(ctx: Ctx) {
   ) =>
     batcher<T, void>(deps, { limit: 10, parallel: 8, alike: (item) => item.queue }, async (items) => {
       const url = items[0]?.queue ?? "";
-      const { Failed = [] } = await aws(ctx, doing, (o) => write(deps.sqs(url), url, items, o));
-      const failed = new Map(Failed.map((f) => [f.Id, f]));
-      return items.map((_, i) => {
-        const f = failed.get(String(i));
-        return f
-          ? Object.assign(new Error(`${doing}: ${f.Code}: ${f.Message ?? ""}`), {
-              name: f.SenderFault === false ? "InternalError" : (f.Code ?? "Failed"),
-            })
-          : undefined;
-      });
+      const faults = new Map<T, Error>();
+      // AWS may refuse some of a batch; what is not the sender's fault is tried again.
+      for (let left = items, tries = 1; left.length; tries++) {
+        const { Failed = [] } = await aws(ctx, doing, (o) => write(deps.sqs(url), url, left, o));
+        const again = Failed.flatMap(({ Id, Code = "Failed", Message = "", SenderFault }) => {
+          const item = left[Number(Id)];
+          if (!item) return [];
+          if (SenderFault === false && tries < 5) return [item];
+          faults.set(
+            item,
+            Object.assign(new Error(`${doing}: ${Code}: ${Message}`), { name: SenderFault === false ? "InternalError" : Code }),
+          );
+          return [];
+        });
+        left = again;
+        if (left.length) await pause(ctx, 200 * 2 ** tries * ctx.deps.random());
+      }
+      return items.map((item) => faults.get(item));
     });
   return {
     describe,
@@ -976,6 +1005,8 @@ export type State = {
   config: Config;
   /** Groups looked after, with their options; `broken` says why one is left out at the moment. */
   groups: Map<string, LookedAfter>;
+  /** AWS's clock less this machine's. */
+  clockOffsetMs: number;
   /** Messages in hand, by queue and message ID. */
   inHand: Map<string, Work>;
   /** Our living instances as the instance manager last saw them, with those launched since. */
@@ -1015,6 +1046,7 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
   const state: State = {
     config,
     groups: new Map(),
+    clockOffsetMs: 0,
     inHand: new Map(),
     claims: new Map(),
     launching: new Map(),
@@ -1120,7 +1152,7 @@ const carriedSchema = v.object({
   options: v.pipe(
     v.record(v.string(), v.unknown()),
     v.transform(({ alt, ...rest }) => {
-      const known = Object.entries(rest).filter(([name]) => name in GROUP_OPTIONS);
+      const known = Object.entries(rest).filter(([name]) => Object.hasOwn(GROUP_OPTIONS, name));
       const alts = Array.isArray(alt) ? alt.map((type, i) => [`alt${i + 1}`, type]) : [];
       return Object.fromEntries([...known, ...alts]);
     }),
@@ -1268,6 +1300,8 @@ export type Work = {
   deadlineMs: number | undefined;
   oldProtected: boolean;
   detachSent: boolean;
+  /** A launch call is out and unanswered: the message may not be given back, for the next one would launch again. */
+  launchOut: boolean;
   /** How long each hold on the message lasts, and when the present one began. */
   leaseSeconds: number;
   leasedMs: number;
@@ -1371,7 +1405,9 @@ async function hold(ctx: Ctx, work: Work, seconds: number): Promise<void> {
 async function take(ctx: Ctx, queue: QueueName, queueUrl: string, message: Message): Promise<void> {
   const { Body: body = "", ReceiptHandle: receipt = "", MessageId = receipt, Attributes = {} } = message;
   const received = Number(Attributes.ApproximateReceiveCount ?? 1);
-  const firstReceivedMs = Number(Attributes.ApproximateFirstReceiveTimestamp) || ctx.deps.now();
+  const stamp = Number(Attributes.ApproximateFirstReceiveTimestamp);
+  if (received === 1 && stamp) ctx.state.clockOffsetMs = stamp - ctx.deps.now();
+  const firstReceivedMs = stamp || cloudNow(ctx);
   const log = ctx.deps.log.with({ message: MessageId });
   const key = `${queue} ${MessageId}`;
   try {
@@ -1442,6 +1478,7 @@ function newWork(
     detachSent: carried?.detachSent ?? false,
     leaseSeconds: ctx.state.config.global[queue].visibility_timeout_seconds,
     leasedMs: ctx.deps.now(),
+    launchOut: false,
     rung: 0,
     attempt: 0,
     left: false,
@@ -1480,7 +1517,7 @@ async function handle(ctx: Ctx, key: string, work: Work): Promise<void> {
       ctx.state.finishedMs.set(key, ctx.deps.now());
     });
   } catch (error) {
-    if (error instanceof Stopped) return await hold(ctx, work, 0);
+    if (error instanceof Stopped) return work.launchOut ? undefined : await hold(ctx, work, 0);
     work.log.error(`${errorText(error)}; the message comes again`, { error: errorName(error) });
     // Ten receives and it is a dead letter: with a hard deadline they are spread over its two minutes.
     await hold(ctx, work, work.deadlineMs === undefined ? 60 : Math.min(15, 3 * work.received));
@@ -1494,7 +1531,7 @@ async function handle(ctx: Ctx, key: string, work: Work): Promise<void> {
 /** The table's steps in order; `again` starts over with the message in hand. */
 async function runSteps(ctx: Ctx, work: Work): Promise<Result> {
   const dueMs = work.notice.carried?.dueMs;
-  if (dueMs !== undefined && dueMs - ctx.deps.now() > 1_000) return retry("not due yet", (dueMs - ctx.deps.now()) / 1000);
+  if (dueMs !== undefined && dueMs - cloudNow(ctx) > 1_000) return retry("not due yet", (dueMs - cloudNow(ctx)) / 1000);
   for (;;) {
     const result = await runOnce(ctx, work);
     if (result.is !== "again") return result;
@@ -1526,7 +1563,7 @@ function carriedBy(work: Work, dueMs?: number): Carried {
 }
 /** The message once more, later, with what is known by now. */
 async function sendCopy(ctx: Ctx, work: Work, afterSeconds: number): Promise<void> {
-  const dueMs = ctx.deps.now() + afterSeconds * 1000;
+  const dueMs = cloudNow(ctx) + afterSeconds * 1000;
   const maxgroup = work.group ? carriedBy(work, afterSeconds > 900 ? dueMs : undefined) : undefined;
   await ctx.cloud.send({
     queue: work.queueUrl,
@@ -1536,7 +1573,7 @@ async function sendCopy(ctx: Ctx, work: Work, afterSeconds: number): Promise<voi
 }
 /** A message of our own to the next queue. */
 async function sendFollowUp(ctx: Ctx, work: Work, to: QueueName, type: string, delaySeconds: number): Promise<void> {
-  const nowMs = ctx.deps.now();
+  const nowMs = cloudNow(ctx);
   const body = {
     version: "0",
     id: work.notice.id,
@@ -1594,12 +1631,12 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
 
   if (row?.deadlineSeconds === undefined) return admit(ctx, work, old);
   const first = work.deadlineMs === undefined;
-  work.deadlineMs ??= deadlineOf(notice.timeMs, work.firstReceivedMs, ctx.deps.now(), row.deadlineSeconds * 1000);
+  work.deadlineMs ??= deadlineOf(notice.timeMs, work.firstReceivedMs, cloudNow(ctx), row.deadlineSeconds * 1000);
   if (work.leaseSeconds !== LEASE_SECONDS) {
     work.leaseSeconds = LEASE_SECONDS;
     void hold(ctx, work, LEASE_SECONDS);
   }
-  const left = Math.round((work.deadlineMs - ctx.deps.now()) / 1000);
+  const left = Math.round((work.deadlineMs - cloudNow(ctx)) / 1000);
   if (first) work.log.info(`${notice.kind} notice: replacing ${instance} within ${left} s`, { type: old?.type, zone: old?.zone });
   if (old?.spot) remember(ctx, "spot", old.type, old.zone, RECLAIMED_MS, "reclaimed");
   return done;
@@ -1643,7 +1680,7 @@ async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promis
 
 /** Without a hard deadline: so many at a time in a group, counted from the cloud, and none that is young. */
 async function admit(ctx: Ctx, work: Work, old: Ec2Instance | undefined): Promise<Result> {
-  if (old && ctx.deps.now() - old.launchedMs < YOUNG_MS) return retry("younger than ten minutes", 120);
+  if (old && cloudNow(ctx) - old.launchedMs < YOUNG_MS) return retry("younger than ten minutes", 120);
   const { max_num_of_terminated_one_time: limit } = work.options;
   const admitted = ctx.state.admitted.get(work.group) ?? new Set<string>();
   ctx.state.admitted.set(work.group, admitted);
@@ -1680,7 +1717,7 @@ async function sendDetachMessage(ctx: Ctx, work: Work): Promise<Result> {
   const delay =
     work.deadlineMs === undefined
       ? preaction_detach_delay_seconds
-      : Math.min(detaching_delay_seconds, (work.deadlineMs - 30_000 - ctx.deps.now()) / 1000);
+      : Math.min(detaching_delay_seconds, (work.deadlineMs - 30_000 - cloudNow(ctx)) / 1000);
   await sendFollowUp(ctx, work, "detach_evt_sqs", DETACH, Math.max(0, delay));
   work.detachSent = true;
   return done;
@@ -1821,7 +1858,7 @@ async function claimsOf(ctx: Ctx, old: string): Promise<Ec2Instance[]> {
     const unordered = [...seen.values()].filter((c) => c.tags[TAG.replaces]?.includes(" ") && !c.tags[TAG.order]);
     if (!unordered.length) return [...seen.values()].filter((c) => replacedBy(c) === old);
     // Whoever launched the batch writes its order in a moment; after 30 s it is taken to be dead.
-    if (unordered.some((c) => ctx.deps.now() - c.launchedMs < 30_000)) await tick(ctx, 1_000);
+    if (unordered.some((c) => cloudNow(ctx) - c.launchedMs < 30_000)) await tick(ctx, 1_000);
     else await writeOrders(ctx, unordered);
   }
 }
@@ -1878,10 +1915,10 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
       if (id) return id;
     }
     work.rung = 0;
-    if (deadlineMs === undefined || ctx.deps.now() >= deadlineMs) return undefined;
+    if (deadlineMs === undefined || cloudNow(ctx) >= deadlineMs) return undefined;
     const waitMs = Math.min(10_000, 500 * 2 ** pass) * (0.5 + ctx.deps.random() / 2);
     work.log.warn("no capacity on any rung, trying again", { pass: pass + 1 });
-    await pause(ctx, Math.min(waitMs, Math.max(0, deadlineMs - ctx.deps.now())));
+    await pause(ctx, Math.min(waitMs, Math.max(0, deadlineMs - cloudNow(ctx))));
   }
 }
 
@@ -1921,7 +1958,9 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
     ...(rung === "on-demand" && old.spot ? [{ Key: TAG.fallback, Value: "on-demand" }] : []),
   ];
   const attempt = Math.max(...items.map((i) => i.work.attempt));
-  const token = `${attempt} ${items.map((i) => i.work.notice.id).sort()}`;
+  // A message that comes again after a crash asks anew: by then the tag shows what was launched, and AWS would
+  // repeat the dead one's "nothing to be had" for an hour.
+  const token = `${attempt} ${items.map((i) => `${i.work.notice.id} ${i.work.received}`).sort()}`;
   for (const i of items) {
     i.work.log.debug(`asking for ${lifecycle}`, {
       rung,
@@ -1931,6 +1970,10 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
     });
   }
   let ids: string[] = [];
+  const out = (launchOut: boolean) => {
+    for (const i of items) i.work.launchOut = launchOut;
+  };
+  out(true);
   try {
     ids = asksForSpot
       ? await runInstances(ctx, pools, lifecycle, tags, items.length, token)
@@ -1938,15 +1981,17 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
   } catch (error) {
     // Nobody knows what became of the call: going on with other parameters could launch twice.
     if (error instanceof Stopped || isRetryable(error)) throw error;
+    out(false);
     const text = errorText(error);
     if (errorName(error) === "IdempotentParameterMismatch") work.log.debug(`${text}: looking for what was launched before`);
     else work.log[CAPACITY.has(errorName(error)) ? "warn" : "error"](`${rung}: ${text}`, { error: errorName(error) });
     if (CAPACITY.has(errorName(error)))
       for (const p of pools) if (p.type) remember(ctx, lifecycle, p.type, p.zone, FAILED_MS, "failed");
   }
+  out(false);
   ids.sort();
   if (items.length > 1 && ids.length) tags.push({ Key: TAG.order, Value: ids.join(" ") });
-  const launchedMs = ctx.deps.now();
+  const launchedMs = cloudNow(ctx);
   for (const id of ids) {
     const tagged = Object.fromEntries(tags.map(({ Key, Value }) => [Key, Value]));
     ctx.state.claims.set(id, {
@@ -2235,7 +2280,8 @@ async function raiseMaximum(ctx: Ctx, group: Group, units: number): Promise<void
   ctx.deps.log.info(`raised the maximum of ${name} from ${group.max} to ${raised.max} for the replacement`, { group: name });
 }
 
-async function protect(ctx: Ctx, name: string, ids: string[], ProtectedFromScaleIn: boolean): Promise<void> {
+async function protect(ctx: Ctx, name: string, all: string[], ProtectedFromScaleIn: boolean): Promise<void> {
+  const ids = [...new Set(all)];
   if (!ids.length) return;
   try {
     await aws(ctx, `${ProtectedFromScaleIn ? "protecting" : "releasing"} ${ids.join(" ")}`, (o) =>
@@ -2386,7 +2432,8 @@ export function whenToDetach(x: {
 
 async function standingOf(ctx: Ctx, group: Group, claim: Ec2Instance): Promise<Standing> {
   const member = group.members.get(claim.id);
-  if (!member || judgeState(member.lifecycleState) === "leaving") return "outside";
+  // In Standby it serves nobody, and whoever put it there has taken it out of desired.
+  if (!member || /leaving|not in service/.test(judgeState(member.lifecycleState))) return "outside";
   if (member.lifecycleState !== "InService") return "joining";
   const healthy = await Promise.all(group.targetGroups.map((arn) => ctx.cloud.isHealthy({ arn, id: claim.id })));
   return healthy.every(Boolean) ? "healthy" : "in service";
@@ -2433,7 +2480,7 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
     work.claim = known?.id;
     if (work.left) return done;
     const { standing } = now;
-    const what = whenToDetach({ nowMs: ctx.deps.now(), deadlineMs: work.deadlineMs, standing, refused: work.refused });
+    const what = whenToDetach({ nowMs: cloudNow(ctx), deadlineMs: work.deadlineMs, standing, refused: work.refused });
     if (what !== "wait") {
       work.decrement = what === "decrement";
       return done;
@@ -2454,7 +2501,7 @@ async function settle(ctx: Ctx, name: string, claims: { id: string; keepProtecte
     claims.flatMap((c) => (c.keepProtected ? [] : [c.id])),
     false,
   );
-  const time = new Date(ctx.deps.now()).toISOString();
+  const time = new Date(cloudNow(ctx)).toISOString();
   await ctx.cloud.tag(
     claims.map((c) => c.id),
     { [TAG.attached]: time },
@@ -2531,7 +2578,7 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
       await settle(ctx, group, [{ id: claim, keepProtected: work.oldProtected }]);
     return done;
   }
-  const forced = work.deadlineMs !== undefined && ctx.deps.now() >= work.deadlineMs - 5_000;
+  const forced = work.deadlineMs !== undefined && cloudNow(ctx) >= work.deadlineMs - 5_000;
   const verdict = await lane(ctx, group).detach({ old: instance, claim, decrement, forced, oldProtected: work.oldProtected });
   switch (verdict) {
     case "detached":
@@ -2557,7 +2604,7 @@ async function sendTerminationMessage(ctx: Ctx, work: Work): Promise<Result> {
   const delay =
     work.deadlineMs === undefined
       ? work.options.preaction_termination_delay_seconds
-      : (work.deadlineMs + 60_000 - ctx.deps.now()) / 1000;
+      : (work.deadlineMs + 60_000 - cloudNow(ctx)) / 1000;
   await sendFollowUp(ctx, work, "termination_evt_sqs", TERMINATION, Math.max(0, delay));
   return done;
 }
@@ -2571,7 +2618,7 @@ async function terminate(ctx: Ctx, work: Work): Promise<Result> {
   const isLeaving = member && judgeState(member.lifecycleState) === "leaving";
   const isMarked = old?.tags[TAG.detached] === group;
   // Describes lag: what speaks against the message is believed once it has had minutes to show.
-  const isFresh = ctx.deps.now() - (work.notice.timeMs ?? 0) < BELIEVED_MS;
+  const isFresh = cloudNow(ctx) - (work.notice.timeMs ?? 0) < BELIEVED_MS;
   if (member && (isLeaving || isFresh)) return retry(`still ${member.lifecycleState} in ${member.group}`, 5);
   if (member) return skip(`${instance} is a member of ${member.group}: left alone`, "info");
   if (!isMarked && isFresh) return retry(`carries no ${TAG.detached} yet`, 5);
@@ -2622,17 +2669,17 @@ async function managerLoop(ctx: Ctx): Promise<void> {
 
 /** One look at all claims and maximums; true while something is unsettled. */
 export async function managerPass(ctx: Ctx): Promise<boolean> {
-  const { state, deps } = ctx;
+  const { state } = ctx;
   const shown = await ctx.cloud.describe("reading claims", [{ Name: "tag-key", Values: [TAG.replaces] }]);
   const unordered = shown.filter(
-    (c) => c.tags[TAG.replaces]?.includes(" ") && !c.tags[TAG.order] && deps.now() - c.launchedMs > 30_000,
+    (c) => c.tags[TAG.replaces]?.includes(" ") && !c.tags[TAG.order] && cloudNow(ctx) - c.launchedMs > 30_000,
   );
   if (unordered.length) await writeOrders(ctx, unordered);
   const seen = new Map(shown.map((c) => [c.id, c]));
   for (const [id, c] of state.claims) {
     const now = seen.get(id);
     if (now) state.claims.set(id, { ...now, tags: { ...c.tags, ...now.tags } });
-    else if (deps.now() - c.launchedMs > 120_000) state.claims.delete(id); // long enough for the slowest describe
+    else if (cloudNow(ctx) - c.launchedMs > 120_000) state.claims.delete(id); // long enough for the slowest describe
   }
   for (const c of shown) {
     if (!state.claims.has(c.id)) state.claims.set(c.id, c);
@@ -2643,6 +2690,7 @@ export async function managerPass(ctx: Ctx): Promise<boolean> {
   // Of groups that have left the configuration as well: what was raised is put back.
   const names = new Set([...state.groups.keys(), ...shown.map((c) => c.tags[TAG.group] ?? "")].filter(Boolean));
   const groups = (await Promise.all([...names].map((name) => ctx.cloud.group(name)))).flatMap((g) => g ?? []);
+  for (const name of state.restoring.keys()) if (!groups.some((g) => g.name === name)) state.restoring.delete(name);
   let raised = false;
   for (const g of groups) raised = (await restoreMaximum(ctx, g, open)) || raised;
   forget(ctx, open);
@@ -2678,6 +2726,7 @@ export function judgeClaim(x: {
     return x.ageMs > LEAK_MS ? "end outside" : "leave";
   }
   if (!x.isWinner) return x.winnerInService ? "end member" : "leave";
+  if (/Standby/.test(x.member.lifecycleState) && x.old !== "staying") return x.watchedMs < 60_000 ? "leave" : "settle";
   if (x.member.lifecycleState !== "InService") return "leave";
   if (x.old === "staying") return x.ageMs > LEAK_MS + x.patienceMs ? "remind" : "leave";
   // The detach message settles its own claim, and knows whether the old one was protected: it comes first.
@@ -2714,7 +2763,7 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       winnerInService: best !== undefined && group?.members.get(best.id)?.lifecycleState === "InService",
       member,
       outsideMs: nowMs - (ctx.state.outsideSince.get(claim.id) ?? nowMs),
-      ageMs: nowMs - claim.launchedMs,
+      ageMs: cloudNow(ctx) - claim.launchedMs,
       old: stays ? "staying" : old && group ? await howOldLeft(ctx, name, old) : "unknown",
       watchedMs: nowMs - (ctx.state.actedMs.get(watch) ?? nowMs),
       membersInService: inService.reduce((sum, m) => sum + m.weight, 0),
@@ -2990,6 +3039,7 @@ export function explain(error: unknown, special: Record<string, string> = {}): s
     ExpiredToken: "the credentials have expired; renew them and start again",
     InvalidAccessKeyId: "the access key is not known to AWS; check -k, or the environment's AWS_ACCESS_KEY_ID",
     SignatureDoesNotMatch: "the secret does not fit the access key; check -p, or the environment's AWS_SECRET_ACCESS_KEY",
+    RequestTimeTooSkewed: "this machine's clock is off; set it, and keep it set (chrony)",
     CredentialsProviderError:
       "no credentials were found; attach the role spotmax_max_group_role to this instance, or pass -k and -p",
   };
@@ -3000,7 +3050,8 @@ export function explain(error: unknown, special: Record<string, string> = {}): s
     "403": "AccessDenied",
     UnauthorizedOperation: "AccessDenied",
     ExpiredTokenException: "ExpiredToken",
-    RequestExpired: "ExpiredToken",
+    RequestExpired: "RequestTimeTooSkewed",
+    RequestInTheFuture: "RequestTimeTooSkewed",
     TokenRefreshRequired: "ExpiredToken",
     InvalidClientTokenId: "InvalidAccessKeyId",
     UnrecognizedClientException: "InvalidAccessKeyId",
@@ -3166,8 +3217,8 @@ function logTarget(path: string | undefined): {
 async function main(): Promise<number> {
   const flags = parseFlags(process.argv.slice(2));
   if (typeof flags === "string") {
-    process.stderr.write(`${flags}\n${USAGE}`);
-    return 2;
+    process.stderr.write(flags ? `${flags}\n${USAGE}` : USAGE);
+    return flags ? 2 : 0;
   }
   if (flags.v) {
     process.stdout.write(`${pkg.version}\n`);

@@ -12,15 +12,18 @@ afterAll(() => rmSync(folder, { recursive: true, force: true }));
 const NOWHERE = "http://127.0.0.1:9";
 const run = (args: string[], endpoint?: string, cwd = folder) => runBinary(args, { env: environment(cwd, endpoint), cwd });
 
-/** Exit code 1, nothing on standard output, and this one error on standard error, in its own words. */
-async function refused(args: string[], endpoint: string | undefined, cwd = folder): Promise<string> {
+/** Exit code 1, nothing on standard output, and on standard error so many lines of error, whose messages are returned. */
+async function refused(args: string[], endpoint: string | undefined, cwd = folder, lines = 1): Promise<string> {
   const { code, stdout, stderr, tookMs } = await run(args, endpoint, cwd);
   expect([code, stdout]).toEqual([1, ""]);
   expect(tookMs).toBeLessThan(10_000);
-  const line = only(stderr.split("\n").filter((text) => text.includes("level=error")));
   expect(stderr).not.toMatch(/^\s+at /m); // no stack trace
-  const message: string = JSON.parse(/ msg=("(?:[^"\\]|\\.)*")/.exec(line)?.[1] ?? '""');
-  return message;
+  const messages = stderr.split("\n").flatMap((line): string[] => {
+    const quoted = /level=error msg=("(?:[^"\\]|\\.)*")/.exec(line)?.[1];
+    return quoted === undefined ? [] : [JSON.parse(quoted)];
+  });
+  expect(messages.length).toBe(lines);
+  return messages.join("\n");
 }
 
 // ─── Flags ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -90,7 +93,7 @@ const withBucket = (tell: (s: Scene) => Promise<void>) =>
     s.configure();
     await tell(s);
   });
-const start = (s: Scene, bucket = BUCKET) => refused(["-b", bucket, "-r", REGION], s.url, s.folder);
+const start = (s: Scene, bucket = BUCKET, lines = 1) => refused(["-b", bucket, "-r", REGION], s.url, s.folder, lines);
 
 test("a bucket that is not there", () =>
   withBucket(async (s) => {
@@ -168,7 +171,7 @@ test("several faults are reported at once, each with its path and line, an unkno
     Object.assign(config.global.detach_evt_sqs, { wait_time_seconds: 21 });
     config.groups = { web: { detaching_delay_second: 5 }, api: { is_enable_preaction: "yes" } };
     s.world.s3.put(BUCKET, "service_config.json", JSON.stringify(config, null, 2));
-    const [head = "", ...faults] = (await start(s)).split("\n");
+    const [head = "", ...faults] = (await start(s, BUCKET, 4)).split("\n");
     expect(head).toContain("3 faults");
     expect(faults.length).toBe(3);
     const all = faults.join("\n");

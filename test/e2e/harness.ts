@@ -333,7 +333,7 @@ export class Scene {
   async finish(
     olds: string[],
     {
-      seconds = 75,
+      seconds = 140,
       launches = olds.length,
       dips = false,
       deadLetters = 0,
