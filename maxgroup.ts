@@ -296,7 +296,7 @@ export function parseConfig(json: string, file = "service_config.json"): Config 
     const spelled = path.map((key) => (key === "detaching_delay_seconds" ? "dettaching_delay_seconds" : key));
     const known = !findNodeAtLocation(tree, path) && findNodeAtLocation(tree, spelled) ? spelled : path;
     if (issue.message.startsWith("no such key")) return fault(known, `: ${issue.message}`);
-    const isBare = issue.input === undefined && issue.message.startsWith("Invalid key");
+    const isBare = issue.input === undefined && issue.message === "an object";
     return fault(known, isBare ? "" : `: must be ${issue.message}`);
   });
   faults.push(...hidden(tree).map((path) => fault(path, ": no such key")));
@@ -3039,6 +3039,8 @@ export function explain(error: unknown, special: Record<string, string> = {}): s
     ExpiredToken: "the credentials have expired; renew them and start again",
     InvalidAccessKeyId: "the access key is not known to AWS; check -k, or the environment's AWS_ACCESS_KEY_ID",
     SignatureDoesNotMatch: "the secret does not fit the access key; check -p, or the environment's AWS_SECRET_ACCESS_KEY",
+    // EC2's word for both.
+    RequestExpired: "the credentials have expired, renew them and start again; or this machine's clock is off",
     RequestTimeTooSkewed: "this machine's clock is off; set it, and keep it set (chrony)",
     CredentialsProviderError:
       "no credentials were found; attach the role spotmax_max_group_role to this instance, or pass -k and -p",
@@ -3050,7 +3052,6 @@ export function explain(error: unknown, special: Record<string, string> = {}): s
     "403": "AccessDenied",
     UnauthorizedOperation: "AccessDenied",
     ExpiredTokenException: "ExpiredToken",
-    RequestExpired: "RequestTimeTooSkewed",
     RequestInTheFuture: "RequestTimeTooSkewed",
     TokenRefreshRequired: "ExpiredToken",
     InvalidClientTokenId: "InvalidAccessKeyId",

@@ -299,8 +299,9 @@ async function main(): Promise<number> {
   await until("the three replaced", () => scenes.every((s) => s.old.group === undefined));
   const replacedMs = Date.now();
   chartEndMs = replacedMs + 1_500;
-  if (!live) say(dim("         all three are replaced; the instance manager now sees to it that the maximum comes back"));
-  await until("the instance manager puts the maximum of web back (idle, it looks every 30 s)", () =>
+  if (!live)
+    say(dim("         all three are replaced; the instance manager puts the maximum back, then removes its record of it"));
+  await until("the instance manager puts the maximum of web back, then removes its record of it", () =>
     scenes.every((s) => groupOf(s.name).tags.size === 0 && claimsOf(s.old).every((i) => i.tags.has("spotmax:attached"))),
   );
   const pid = daemon.pid;

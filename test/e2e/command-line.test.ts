@@ -4,7 +4,7 @@ import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import pkg from "../../package.json" with { type: "json" };
-import { BUCKET, Daemon, environment, only, onStage, REGION, runBinary, type Scene, sleep } from "./harness.ts";
+import { BUCKET, Daemon, environment, onStage, REGION, runBinary, type Scene, sleep } from "./harness.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "max_group-cli-"));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));

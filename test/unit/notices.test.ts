@@ -26,7 +26,6 @@ describe("an event that concerns us", () => {
     ["rebalance", "rebalance", [old]],
     ["health-scheduled-open", "maintenance", [old]],
     ["health-scheduled-upcoming", "maintenance", [old, "i-0aaaaaaaaaaaaaaa1"]],
-    ["preaction", "preaction", [old]],
   ])("%s is a notice of kind %s", (name, kind, instances) => {
     const { "detail-type": type, id } = JSON.parse(fixture(name));
     expect<object>(ours(name)).toEqual({ type, kind, id, instances, timeMs: atMs, carried: undefined });
@@ -176,8 +175,8 @@ test.each([
   ["by the event's time and not by the receipt", -100, -1, 20],
   ["from the first receipt where the event has no time", undefined, -10, 110],
   ["from the first receipt where that time is past while the instance lives on", -3600, -10, 110],
-  ["from the first receipt, past or not", -3600, -300, -180],
-  ["from the first receipt, past or not, where the event has no time", undefined, -300, -180],
+  ["from now where the first receipt is past too, for the instance lives on", -3600, -300, 120],
+  ["from now where the first receipt is past and the event has no time", undefined, -300, 120],
   ["never more than the two minutes that AWS gives, however clocks differ", 600, -1, 120],
 ])("an interruption's deadline counts %s", (_, eventS, receivedS, deadlineS) => {
   const nowMs = atMs;
