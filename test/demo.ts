@@ -7,7 +7,7 @@
  */
 import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { join, relative } from "node:path";
+import { join, relative, resolve } from "node:path";
 import { RealClock } from "./aws/clock.ts";
 import type { Instance } from "./aws/ec2.ts";
 import { serve } from "./aws/server.ts";
@@ -15,7 +15,7 @@ import { type AuditEntry, type CapacitySample, type Service, World } from "./aws
 
 const REGION = "us-east-2";
 const LIMIT_MS = 58_000;
-const BINARY = process.env.MAX_GROUP_BINARY ?? join(import.meta.dir, "../dist/max_group");
+const BINARY = resolve(process.env.MAX_GROUP_BINARY ?? join(import.meta.dir, "../dist/max_group"));
 
 // ─── Terminal ────────────────────────────────────────────────────────────────────────────────────────────
 

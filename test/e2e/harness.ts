@@ -5,14 +5,14 @@
 import { expect } from "bun:test";
 import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 import { AwsError } from "../aws/basics.ts";
 import { RealClock } from "../aws/clock.ts";
 import type { Instance } from "../aws/ec2.ts";
 import { type Served, serve } from "../aws/server.ts";
 import { type CapacitySample, type Delays, type GroupSpec, isoSeconds, type Queues, type Service, World } from "../aws/world.ts";
 
-export const BINARY = process.env.MAX_GROUP_BINARY ?? join(import.meta.dir, "../../dist/max_group");
+export const BINARY = resolve(process.env.MAX_GROUP_BINARY ?? join(import.meta.dir, "../../dist/max_group"));
 if (!existsSync(BINARY)) throw new Error(`${BINARY} is missing: \`make build\` makes it`);
 
 export const REGION = "us-east-2";

@@ -46,6 +46,21 @@ story("a mixed group keeps its policy, and its replacement is spot of one of its
   expect(claim.zone).toBe(s.world.instance(old).zone);
 });
 
+story(
+  "a replacement that is slow to join and slower to answer is waited for: nothing dips, in service or behind the load balancer",
+  async (s) => {
+    const old = first(s.group({ name: "web", ...roomy, targetGroups: ["front"] }));
+    await s.start();
+    s.interrupt(old, { seconds: 60 });
+    await s.finish([old]);
+    const { id } = only(s.claims());
+    const atMs = (what: string, of: string) =>
+      s.world.audit.find((a) => a.what === what && a.ids.includes(of))?.atMs ?? Number.NaN;
+    expect(atMs("detach", old)).toBeGreaterThan(atMs("target healthy", id));
+  },
+  { attachMs: [3_000, 3_000], healthyMs: [4_000, 4_000] },
+);
+
 story("at minimum = maximum the maximum is raised and put back", async (s) => {
   const old = first(s.group({ name: "web", ...tight }));
   await s.start();
@@ -291,21 +306,21 @@ story("two daemons on the same queues: one replacement in the group for each, no
 
 // The moment at which nobody but the cloud knows what was launched, and for longer than the retries last.
 story(
-  "AWS out of reach for six seconds from the answer of CreateFleet on: what was launched is found, not launched again",
+  "AWS out of reach for nine seconds from the answer of CreateFleet on: what was launched is found, not launched again",
   async (s) => {
     const old = first(s.group({ name: "web", ...tight }));
     await s.start();
-    const over = s.at({ call: "ec2:CreateFleet", when: "after", matches: real }, () => s.outage(6_000));
+    const over = s.at({ call: "ec2:CreateFleet", when: "after", matches: real }, () => s.outage(9_000));
     s.interrupt(old, { seconds: 60 });
     await over;
     await s.finish([old]);
   },
 );
 
-story("AWS out of reach for six seconds between launch and attach: it goes on by itself", async (s) => {
+story("AWS out of reach for nine seconds between launch and attach: it goes on by itself", async (s) => {
   const old = first(s.group({ name: "web", ...tight }));
   await s.start();
-  const over = s.at({ call: "autoscaling:AttachInstances", when: "before" }, () => s.outage(6_000));
+  const over = s.at({ call: "autoscaling:AttachInstances", when: "before" }, () => s.outage(9_000));
   s.interrupt(old, { seconds: 60 });
   await over;
   await s.finish([old]);

@@ -28,7 +28,7 @@ const deaf = (d: Daemon, queue: string) => {
     const inner = open(url);
     const send = (command: { constructor: { name: string } }, o: { abortSignal?: AbortSignal }) =>
       url === queue && command.constructor.name === "ReceiveMessageCommand"
-        ? d.ctx.deps.sleep(20_000, o.abortSignal).then(() => ({}))
+        ? d.ctx.deps.sleep(1_000, o.abortSignal).then(() => ({}))
         : (inner.send as (c: unknown, o: unknown) => unknown)(command, o);
     return { send } as never;
   };
@@ -63,9 +63,8 @@ test("two daemons that raise one maximum at once terminate nobody and put it bac
         ? { before: new AwsError("Throttling", "Rate exceeded") }
         : undefined;
     for (const old of olds.slice(0, 6)) s.world.interrupt(old, { keepCapacity: true });
-    olds.slice(6).forEach((old, k) =>
-      s.world.after(k * 500 + (seed % 8) * 300, () => s.world.interrupt(old, { keepCapacity: true })),
-    );
+    for (const [k, old] of olds.slice(6).entries())
+      s.world.after(k * 500 + (seed % 8) * 300, () => s.world.interrupt(old, { keepCapacity: true }));
     await s.seconds(10);
     await s.quiet(3600).catch(() => undefined);
     expect([seed, fallout(s)]).toEqual([seed, { scaledIn: 0, least: 12, sizes: [12, 12, 12] }]);
@@ -531,4 +530,76 @@ test("forty seconds without a right cost no message", async () => {
       : undefined;
   await s.quiet(3600);
   expect(s.world.queueDepth(s.queues.deadLetter).visible).toBe(0);
+});
+
+test("one answer of SQS that was twenty seconds on its way moves no deadline", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three, types: ["m5.large", "m4.large"] }));
+  for (const l of ["spot", "on-demand"] as const)
+    for (const t of ["m5.large", "m4.large"]) for (const z of "abc") s.world.pool(l, t, `us-east-1${z}`).capacity = 0;
+  const d = await s.start();
+  const open = d.ctx.deps.sqs;
+  let late = false;
+  d.ctx.deps.sqs = (url) => {
+    const inner = open(url);
+    const send = async (command: { constructor: { name: string } }, o: unknown) => {
+      const answer = await (inner.send as (c: unknown, o: unknown) => Promise<{ Messages?: unknown[] }>)(command, o);
+      if (url === s.queues.detach && command.constructor.name === "ReceiveMessageCommand" && answer.Messages && !late) {
+        late = true;
+        await d.ctx.deps.sleep(20_000);
+      }
+      return answer;
+    };
+    return { send } as never;
+  };
+  await s.seconds(21); // the first long polls end, the next go through the slow line
+  const startMs = s.clock.now();
+  s.world.interrupt(old);
+  await s.seconds(140);
+  const detach = first(s.world.audit.filter((a) => a.what === "detach"));
+  expect((detach.atMs - startMs) / 1000).toBeWithin(110, 119);
+});
+
+test("a message given back at SIGTERM right after its launch launches nothing more, although describes lag", async () => {
+  for (let seed = 1; seed <= 10; seed++) {
+    const s = new Stage({ seed, staleMs: 8_000, pendingMs: [15_000, 15_000] });
+    const old = first(s.group({ name: "web", ...three }));
+    const a = await s.start();
+    s.world.interrupt(old);
+    await s.until(() => claims(s).length > 0, 30);
+    await s.start();
+    await s.seconds(0.5);
+    a.sigterm();
+    await s.seconds(10);
+    await s.quiet(3600);
+    expect([seed, claims(s).length]).toEqual([seed, 1]);
+  }
+});
+
+test("how a hundred and fifty left one group is read in shared calls, for Auto Scaling has one bucket for the account", async () => {
+  const s = new Stage({ pendingMs: [52_000, 56_000], replaceMs: [5_000, 5_000], checkOutputs: false });
+  const olds = s.group({ name: "web", min: 100, max: 400, desired: 150 });
+  await s.start({ level: "info" });
+  await s.seconds(1);
+  for (const old of olds) s.world.interrupt(old, { eventDelayMs: 60_000, keepCapacity: true });
+  await s.seconds(170);
+  await s.quiet(7200);
+  expect(s.world.calls["autoscaling:DescribeScalingActivities"]).toBeLessThan(300);
+}, 60_000);
+
+test("a replacement is protected from scale-in beside its old one, though AWS refuses that while it is Pending", async () => {
+  const s = new Stage({ attachMs: [5_000, 5_000] });
+  const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 90 }));
+  await s.start();
+  s.world.intercept = ({ operation, input }) => {
+    const { InstanceIds: ids = [] } = input as { InstanceIds?: string[] };
+    const pending = ids.find((id) => s.world.autoscaling.groups.get("web")?.members.get(id)?.state === "Pending");
+    const text = `The instance ${pending} is not in InService or EnteringStandby or Standby.`;
+    return operation === "SetInstanceProtection" && pending ? { before: new AwsError("ValidationError", text) } : undefined;
+  };
+  s.world.interrupt(old);
+  await s.until(() => s.world.audit.some((a) => a.what === "in service"), 60);
+  await s.seconds(15);
+  const claim = first(s.openClaims());
+  expect(s.world.autoscaling.groups.get("web")?.members.get(claim)?.protected).toBe(true);
 });

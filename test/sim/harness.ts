@@ -4,7 +4,7 @@ import { expect } from "bun:test";
 import * as maxgroup from "../../maxgroup.ts";
 import { type Config, type Ctx, type Deps, type Ec2Instance, type Level, type Log, replacedBy } from "../../maxgroup.ts";
 import { client } from "../aws/clients.ts";
-import { VirtualClock } from "../aws/clock.ts";
+import { EPOCH_MS, VirtualClock } from "../aws/clock.ts";
 import type { Instance } from "../aws/ec2.ts";
 import { type CapacitySample, type GroupSpec, type Queues, type Service, World, type WorldOptions } from "../aws/world.ts";
 
@@ -106,7 +106,8 @@ export class Stage {
     const random = this.world.random;
     const now = () => this.clock.now() + skewMs;
     const log: Log = this.#program.makeLog(
-      (line) => this.lines.push(line),
+      // A daemon counts from its own start; here all count from the world's.
+      (line) => this.lines.push(line.replace(/\[\d+\]/, `[${String(Math.floor((this.clock.now() - EPOCH_MS) / 1000)).padStart(4, "0")}]`)),
       () => this.clock.now(),
       true,
       () => level,

@@ -62,8 +62,8 @@ export interface Expected {
   /** The operator has changed its sizes: groups end members of their own accord then. */
   resized: boolean;
   deleted: boolean;
-  /** Launch was suspended until then. */
-  suspendedUntilMs: number;
+  /** Until then Launch was suspended, or the group was out of the configuration: no replacement is owed. */
+  pausedUntilMs: number;
 }
 
 interface NoticeRecord {
@@ -167,6 +167,7 @@ export class Watch {
       expected?.configured === true &&
       !group.status &&
       !group.suspended.has("Launch") &&
+      expected.pausedUntilMs < this.#world.now() &&
       group.members.get(id)?.state === "InService" &&
       instance.state === "running";
     this.notices.set(id, {
@@ -180,6 +181,17 @@ export class Watch {
   isInHand(id: string): boolean {
     const claim = this.#world.ec2.instances.get(id);
     return this.notices.has(id) || (this.claims.has(id) && claim !== undefined && !claim.tags.has("spotmax:attached"));
+  }
+
+  /** Nothing of this group is being replaced, and its maximum is its own. */
+  isCalm(name: string): boolean {
+    const group = this.#world.autoscaling.groups.get(name);
+    if (!group || group.tags.has("spotmax:max_size")) return false;
+    const open = [...this.claims.keys()].map((id) => this.#world.instance(id));
+    return (
+      ![...group.members.keys()].some((id) => this.isInHand(id)) &&
+      !open.some((i) => i.tags.get("spotmax:group") === name && this.#isLiving(i.id) && !i.tags.has("spotmax:attached"))
+    );
   }
 
   // --- What happens ----------------------------------------------------------------------------------------------
@@ -203,9 +215,12 @@ export class Watch {
       // What the world and the operator take is nobody's fault. What a daemon lets go before its time is up must
       // have somebody in its place already, and what it ends as surplus was above the number to begin with; so is
       // what AZRebalance ends, for it launches first.
+      // With weights AZRebalance and scale-in give and take in steps of other sizes than ours.
       const isExcused = isDeath
         ? this.#actor !== "daemon"
-        : this.#actor === "operator" || (this.#actor === "daemon" && what === "detach" && this.#isTimeUp(id));
+        : this.#actor === "operator" ||
+          (this.#actor === "daemon" && what === "detach" && this.#isTimeUp(id)) ||
+          (this.#actor === "world" && expected.weighted);
       if (isExcused) expected.floor -= this.#weightOf(groupName, id);
       const notice = this.notices.get(id);
       if (isDeath && this.#actor === "world" && this.#traits.prompt && notice?.owed && notice.inTime)
@@ -333,7 +348,7 @@ export class Watch {
       if (tags.has("spotmax:attached"))
         for (const id of ids) {
           const old = this.claims.get(id)?.old ?? "";
-          if (!this.#wasInService(id)) this.find("3", `${id} was settled without being in service`);
+          if (!this.#wasInService(id) && !this.#groupOf(this.#instance(id))) this.find("3", `${id} was settled without being in service`);
           const member = this.#groupOf(this.#instance(old))?.members.get(old);
           if (member?.state === "InService" && this.#instance(id)?.group === this.#instance(old)?.group)
             this.find("6", `${id} was settled while ${old} is still in service`);
@@ -488,7 +503,7 @@ export class Watch {
       const what = `the ${event.type} about ${id} was deleted`;
       if (queue === "interruption" && wasThere && !sentSince("interruption", id)) {
         const claims = this.#claimsOf(id).filter((c) => this.#isLiving(c));
-        const couldLaunch = !group.suspended.has("Launch") && expected.suspendedUntilMs < this.#world.now() - this.#traits.lagMs;
+        const couldLaunch = !group.suspended.has("Launch") && expected.pausedUntilMs < this.#world.now() - this.#traits.lagMs;
         const attached = claims.some((c) => group.members.has(c)) || this.#claimsOf(id).some((c) => this.#outOfServiceMs.has(c));
         // With a hard deadline somebody must own the way out, and there is a replacement, or no time is left for one.
         if (event.type === WARNING && couldLaunch) {
@@ -496,7 +511,7 @@ export class Watch {
           if (!this.#sentMs.has(`detach ${id}`)) this.find("7", `${what} before a detach message was sent`);
         }
         // Without one, having nobody launched is an end; having one launched and left alone is not.
-        else if (event.type !== WARNING && claims.length && (!attached || !this.#sentMs.has(`detach ${id}`)))
+        else if (SOFT.has(event.type) && claims.length && (!attached || !this.#sentMs.has(`detach ${id}`)))
           this.find("7", `${what}, and ${claims.join(" ")} was launched for it and left alone`);
         else if (event.ids.length > 1 && expected.maintenance && !sentSince("interruption", id))
           this.find("7", `${what}, and no message of its own was sent`);
@@ -586,18 +601,21 @@ export class Watch {
     if (this.#traits.strict)
       for (const [id, { owed }] of this.notices) {
         const launches = this.#claimsOf(id).length;
-        if (owed && launches !== 1) this.find("1", `${launches} launches for ${id} in a life in which nothing fails`);
+        // AZRebalance may have ended one that waited for its turn.
+        const isGone = !this.letGo.has(id) && !this.#groupOf(this.#instance(id));
+        if (owed && launches !== 1 && !(isGone && launches === 0)) this.find("1", `${launches} launches for ${id} in a life in which nothing fails`);
       }
   }
 }
 
 const WARNING = "EC2 Spot Instance Interruption Warning";
+const SOFT = new Set(["EC2 Instance Rebalance Recommendation", "AWS Health Event", "MaxGroup Preaction"]);
 
 /** What a good message is about; undefined for anything else. */
 function readBody(body: string): { type: string; ids: string[]; group?: string; deadlineMs?: number } | undefined {
   let event: {
     "detail-type"?: string;
-    detail?: { "instance-id"?: string; affectedEntities?: { entityValue?: string }[] };
+    detail?: { "instance-id"?: string; statusCode?: string; affectedEntities?: { entityValue?: string }[] };
     maxgroup?: { group?: string; deadlineMs?: number };
   };
   try {
@@ -607,7 +625,7 @@ function readBody(body: string): { type: string; ids: string[]; group?: string; 
     throw error;
   }
   const { "detail-type": type, detail } = event;
-  if (typeof type !== "string" || typeof detail !== "object" || detail === null) return undefined;
+  if (typeof type !== "string" || typeof detail !== "object" || detail === null || detail.statusCode === "closed") return undefined;
   const many = Array.isArray(detail.affectedEntities) ? detail.affectedEntities : [];
   const ids = [detail["instance-id"], ...many.map((entity) => entity.entityValue)];
   return { type, ids: ids.filter((id) => typeof id === "string"), group: event.maxgroup?.group, deadlineMs: event.maxgroup?.deadlineMs };
