@@ -502,6 +502,13 @@ const named = (error: unknown) => errorText(error).match(/\bi-[0-9a-f]{8,17}\b/g
  */
 const cloudNow = (ctx: Ctx) => ctx.deps.now() + ctx.state.clockOffsetMs;
 
+/** A receipt is stamped before it arrives, so samples err backwards only: the largest of the last minutes is the best. */
+function tellTime({ deps, state }: Ctx, offsetMs: number): void {
+  if (offsetMs < state.clockOffsetMs && deps.now() - state.clockToldMs < 300_000) return;
+  state.clockOffsetMs = offsetMs;
+  state.clockToldMs = deps.now();
+}
+
 /** The program is being stopped; what was waiting gives way. */
 class Stopped extends Error {}
 
@@ -798,16 +805,17 @@ export function winner(claims: Ec2Instance[]): Ec2Instance | undefined {
   return claims.filter(isLiving).sort((a, b) => Number(isSettled(b)) - Number(isSettled(a)) || (a.id < b.id ? -1 : 1))[0];
 }
 
+const isLeaving = ({ Description = "" }: Activity) => /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
+
 /** How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself. */
 export function howItLeft(
   activities: Activity[],
   instance: string,
   detachedTag: boolean,
 ): "decremented" | "substituted" | "unknown" {
-  for (const { Description = "", Cause = "" } of activities) {
-    if (!/^(Detaching|Terminating|Moving .*to Standby)/.test(Description) || !`${Description} `.includes(`${instance} `))
-      continue;
-    return /shrinking the capacity/.test(Cause) ? "decremented" : "substituted";
+  for (const activity of activities) {
+    if (!isLeaving(activity) || !`${activity.Description} `.includes(`${instance} `)) continue;
+    return /shrinking the capacity/.test(activity.Cause ?? "") ? "decremented" : "substituted";
   }
   return detachedTag ? "decremented" : "unknown";
 }
@@ -901,12 +909,28 @@ function makeCloud(ctx: Ctx) {
       );
       return new Map(AutoScalingGroups.flatMap((g) => toGroup(g) ?? []).map((g) => [g.name, g]));
     }),
-    /** The newest hundred; what left earlier than that left hours ago. */
-    activities: reader<Activity[]>(deps, 1, 4, async ([name = ""]) => {
-      const { Activities = [] } = await aws(ctx, `reading the activities of ${name}`, (o) =>
-        deps.autoScaling.send(new DescribeScalingActivitiesCommand({ AutoScalingGroupName: name, MaxRecords: 100 }), o),
-      );
-      return new Map([[name, Activities]]);
+    /** The scaling activities that name one of these instances (keys: group, space, instance), newest first; one reading a group. */
+    activities: reader<Activity[]>(deps, 100, 2, async (keys) => {
+      const found = new Map<string, Activity[]>(keys.map((key) => [key, []]));
+      for (const [name, wanted] of Map.groupBy(keys, (key) => key.slice(0, key.lastIndexOf(" ")))) {
+        const missing = new Map(wanted.map((key) => [key.slice(name.length + 1), key]));
+        let NextToken: string | undefined;
+        // What is not among the newest two thousand left hours ago.
+        for (let page = 0; missing.size && page < 20; page++) {
+          const input = { AutoScalingGroupName: name, MaxRecords: 100, NextToken };
+          const answer = await aws(ctx, `reading the activities of ${name}`, (o) =>
+            deps.autoScaling.send(new DescribeScalingActivitiesCommand(input), o),
+          );
+          for (const activity of answer.Activities ?? []) {
+            const id = named(new Error(activity.Description))[0] ?? "";
+            found.get(`${name} ${id}`)?.push(activity);
+            if (isLeaving(activity)) missing.delete(id);
+          }
+          NextToken = answer.NextToken;
+          if (!NextToken) break;
+        }
+      }
+      return found;
     }),
     /** Healthy in one target group; key: ARN, space, instance ID. */
     isHealthy: batcher<{ arn: string; id: string }, boolean>(
@@ -1007,6 +1031,7 @@ export type State = {
   groups: Map<string, LookedAfter>;
   /** AWS's clock less this machine's. */
   clockOffsetMs: number;
+  clockToldMs: number;
   /** Messages in hand, by queue and message ID. */
   inHand: Map<string, Work>;
   /** Our living instances as the instance manager last saw them, with those launched since. */
@@ -1022,6 +1047,8 @@ export type State = {
   cache: Map<string, { atMs: number; value: Promise<unknown> }>;
   /** When the manager first saw a claim outside every group. */
   outsideSince: Map<string, number>;
+  /** How instances left, where their group's activities told. */
+  left: Map<string, "decremented" | "substituted" | "unknown">;
   /** When a detach message for an old instance was last in hand here. */
   detachSeenMs: Map<string, number>;
   /** Messages whose work is done and whose deletion failed: seen again, they are only deleted. */
@@ -1039,6 +1066,7 @@ export type Lane = {
   exclusive: <T>(run: () => Promise<T>) => Promise<T>;
   launch: Batcher<LaunchItem, string | undefined>;
   attach: Batcher<AttachItem, AttachVerdict>;
+  protect: Batcher<string, void>;
   detach: Batcher<DetachItem, DetachVerdict>;
 };
 
@@ -1047,6 +1075,7 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     config,
     groups: new Map(),
     clockOffsetMs: 0,
+    clockToldMs: Number.NEGATIVE_INFINITY,
     inHand: new Map(),
     claims: new Map(),
     launching: new Map(),
@@ -1056,6 +1085,7 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     cache: new Map(),
     outsideSince: new Map(),
     actedMs: new Map(),
+    left: new Map(),
     detachSeenMs: new Map(),
     finishedMs: new Map(),
     restoring: new Map(),
@@ -1076,6 +1106,10 @@ function lane(ctx: Ctx, group: string): Lane {
       launchBatch(ctx, group, items),
     ),
     attach: batcher(ctx.deps, { limit: 20 }, (items) => exclusive(() => attachBatch(ctx, group, items))),
+    protect: batcher(ctx.deps, { limit: 50 }, async (ids) => {
+      await protect(ctx, group, ids, true);
+      return ids.map(() => undefined);
+    }),
     detach: batcher(ctx.deps, { limit: 20, alike: (item) => String(item.decrement) }, (items) =>
       exclusive(() => detachBatch(ctx, group, items)),
     ),
@@ -1397,7 +1431,8 @@ async function hold(ctx: Ctx, work: Work, seconds: number): Promise<void> {
   try {
     await ctx.cloud.lease({ queue: work.queueUrl, receipt: work.receipt, seconds });
   } catch (error) {
-    work.log.debug(`holding the message: ${errorText(error)}`); // it comes again, which every step allows for
+    // It comes again, which every step allows for; where the right is missing it does so all the time.
+    work.log[/Denied|Unauthorized/.test(errorName(error)) ? "warn" : "debug"](`holding the message: ${errorText(error)}`);
   }
 }
 
@@ -1406,7 +1441,7 @@ async function take(ctx: Ctx, queue: QueueName, queueUrl: string, message: Messa
   const { Body: body = "", ReceiptHandle: receipt = "", MessageId = receipt, Attributes = {} } = message;
   const received = Number(Attributes.ApproximateReceiveCount ?? 1);
   const stamp = Number(Attributes.ApproximateFirstReceiveTimestamp);
-  if (received === 1 && stamp) ctx.state.clockOffsetMs = stamp - ctx.deps.now();
+  if (received === 1 && stamp) tellTime(ctx, stamp - ctx.deps.now());
   const firstReceivedMs = stamp || cloudNow(ctx);
   const log = ctx.deps.log.with({ message: MessageId });
   const key = `${queue} ${MessageId}`;
@@ -1666,14 +1701,17 @@ const claimGroup = (ctx: Ctx, old: string) =>
 
 /** A stranger, or a replacement of our own that is reclaimed before it was attached: then its rung has failed. */
 async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promise<Result> {
-  const claim = ctx.state.claims.get(work.instance);
-  if (member || !claim || isSettled(claim) || !isLiving(claim) || work.notice.kind !== "interruption") {
-    return skip(member ? `member of ${member.group}, which is not configured` : "in no group: not ours");
-  }
+  if (member) return skip(`member of ${member.group}, which is not configured`);
+  if (work.notice.kind !== "interruption") return skip("in no group: not ours");
+  // Another daemon may have launched it a moment ago.
+  const claim = ctx.state.claims.get(work.instance) ?? (await ctx.cloud.instance(work.instance));
+  if (!claim && cloudNow(ctx) - (work.notice.timeMs ?? 0) < 30_000) return retry("EC2 does not show it yet", 5);
+  if (!claim || !(TAG.replaces in claim.tags) || isSettled(claim) || !isLiving(claim)) return skip("in no group: not ours");
   remember(ctx, "spot", claim.type, claim.zone, RECLAIMED_MS, "reclaimed");
   if (!(await endOutside(ctx, claim.id))) return again("our replacement has just become a member", 0);
+  const old = replacedBy(claim);
   return skip(
-    `our replacement for ${replacedBy(claim)} is itself being reclaimed before it was attached: ended, the next choice follows`,
+    `our replacement for ${old} is itself being reclaimed before it was attached: ended, the next choice follows`,
     "warn",
   );
 }
@@ -1958,9 +1996,9 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
     ...(rung === "on-demand" && old.spot ? [{ Key: TAG.fallback, Value: "on-demand" }] : []),
   ];
   const attempt = Math.max(...items.map((i) => i.work.attempt));
-  // A message that comes again after a crash asks anew: by then the tag shows what was launched, and AWS would
-  // repeat the dead one's "nothing to be had" for an hour.
-  const token = `${attempt} ${items.map((i) => `${i.work.notice.id} ${i.work.received}`).sort()}`;
+  // Half a minute later the tag shows what was launched, so it is asked anew: AWS would repeat its "nothing to be had".
+  const since = (w: Work) => Math.floor((cloudNow(ctx) - w.firstReceivedMs) / 30_000);
+  const token = `${attempt} ${items.map((i) => `${i.work.notice.id} ${since(i.work)}`).sort()}`;
   for (const i of items) {
     i.work.log.debug(`asking for ${lifecycle}`, {
       rung,
@@ -2226,15 +2264,15 @@ export type AttachVerdict =
   | { is: "later"; reason: string }
   | { is: "refused"; reason: string };
 
-/** `spotmax:max_size` = ORIGINAL/RAISED: any maximum above ORIGINAL and up to RAISED is ours. */
+/** `spotmax:max_size` = ORIGINAL/RAISED. */
 export function readMaxTag(tag: string | undefined): { original: number; raised: number } | undefined {
   const [, original, raised] = /^(\d+)\/(\d+)$/.exec(tag ?? "") ?? [];
   return original && raised ? { original: Number(original), raised: Number(raised) } : undefined;
 }
 /**
- * The maximum and tag that make room for `units` more, or undefined where there is room. It is twice the original
- * one, whatever is needed now: two daemons may raise at once, AWS has no conditional update, and of two different
- * values the lower one, coming last, would end members.
+ * The maximum and tag that make room for `units` more, or undefined where there is room. It is a multiple of the
+ * original one, mostly twice that, whatever is needed now: two daemons may raise at once, AWS has no conditional
+ * update, and of two different values the lower one, coming last, would end members.
  */
 export function raisedMax(
   group: Pick<Group, "desired" | "max" | "tags">,
@@ -2243,9 +2281,13 @@ export function raisedMax(
   const need = group.desired + units;
   if (need <= group.max) return undefined;
   const ours = readMaxTag(group.tags[TAG.maxSize]);
-  const original = ours && group.max > ours.original && group.max <= ours.raised ? ours.original : group.max;
-  const max = Math.max(need, 2 * original);
+  const original = ours && isRaised(group.max, ours) ? ours.original : group.max;
+  const max = original > 0 ? original * Math.ceil(need / original) : need;
   return { max, tag: `${original}/${max}` };
+}
+/** Whether we set this maximum: only multiples of the original are ours, any other is somebody else's word. */
+export function isRaised(max: number, { original, raised }: { original: number; raised: number }): boolean {
+  return max > original && max <= raised && (original === 0 || max % original === 0);
 }
 
 const groupTag = (name: string, Key: string, Value?: string) => ({
@@ -2261,8 +2303,12 @@ const isStaying = (m: Member | undefined): m is Member =>
   m !== undefined && (m.lifecycleState === "InService" || m.lifecycleState.startsWith("Pending"));
 
 async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<ReturnType<typeof howItLeft>> {
-  const [activities, instance] = await Promise.all([ctx.cloud.activities(group), ctx.cloud.instance(old)]);
-  return howItLeft(activities ?? [], old, instance?.tags[TAG.detached] === group);
+  const known = ctx.state.left.get(old);
+  if (known) return known;
+  const [activities, instance] = await Promise.all([ctx.cloud.activities(`${group} ${old}`), ctx.cloud.instance(old)]);
+  const how = howItLeft(activities ?? [], old, instance?.tags[TAG.detached] === group);
+  if (activities?.some(isLeaving)) ctx.state.left.set(old, how); // that will never change
+  return how;
 }
 
 async function raiseMaximum(ctx: Ctx, group: Group, units: number): Promise<void> {
@@ -2348,14 +2394,6 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
       wanted.splice(0, wanted.length, ...wanted.filter((i) => !verdicts.has(i.claim)));
     }
   }
-  const attached = items.filter((i) => verdicts.get(i.claim)?.is === "attached");
-  const after = group?.members;
-  await protect(
-    ctx,
-    name,
-    attached.flatMap((i) => (isStaying(after?.get(i.old)) && !after?.get(i.claim)?.isProtected ? [i.claim] : [])),
-    true,
-  );
   return items.map((i) => verdicts.get(i.claim) ?? { is: "later", reason: "no verdict" });
 }
 
@@ -2383,7 +2421,7 @@ async function attach(ctx: Ctx, work: Work): Promise<Result> {
   switch (verdict.is) {
     case "attached":
       work.log.info(`attached ${claim} to ${work.group}`, { replacement: claim });
-      return done;
+      return guard(ctx, work, claim);
     case "lost":
       return lostClaim(ctx, work, await ctx.cloud.instance(claim));
     case "later":
@@ -2396,6 +2434,25 @@ async function attach(ctx: Ctx, work: Work): Promise<Result> {
       work.log.error(`${verdict.reason}; ${claim} is ended`, { replacement: claim });
       return lostClaim(ctx, work, undefined);
   }
+}
+
+/** Protects a replacement from scale-in while it stands beside its old one; AWS refuses that before it is in service. */
+async function guard(ctx: Ctx, work: Work, claim: string): Promise<Result> {
+  for (let round = 0; round < 60; round++) {
+    const group = await ctx.cloud.group(work.group);
+    const member = group?.members.get(claim);
+    if (!isStaying(group?.members.get(work.instance)) || member?.isProtected) break;
+    if (member?.lifecycleState === "InService") {
+      await lane(ctx, work.group).protect(claim);
+      // Whoever detached the old one meanwhile took the protection off before it was put on.
+      const left = !isStaying((await ctx.cloud.group(work.group))?.members.get(work.instance));
+      if (left && !work.oldProtected) await protect(ctx, work.group, [claim], false);
+      break;
+    }
+    if (!member && round > 10) break;
+    await tick(ctx, 1_000);
+  }
+  return done;
 }
 
 // ─── Steps: detach and terminate ─────────────────────────────────────────────────────────────────────────
@@ -2480,6 +2537,8 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
     work.claim = known?.id;
     if (work.left) return done;
     const { standing } = now;
+    // A minute past its deadline and still in service: the notice did not come true, and there is no hurry any more.
+    if (work.deadlineMs !== undefined && cloudNow(ctx) > work.deadlineMs + 60_000) work.deadlineMs = undefined;
     const what = whenToDetach({ nowMs: cloudNow(ctx), deadlineMs: work.deadlineMs, standing, refused: work.refused });
     if (what !== "wait") {
       work.decrement = what === "decrement";
@@ -2487,7 +2546,7 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
     }
     if (work.deadlineMs === undefined) {
       if (standing === "none") return skip("its replacement is gone: the old one stays", "warn");
-      return retry(`replacement ${work.claim ?? ""} is ${standing}`, work.refused ? 60 : 15);
+      return retry(`replacement ${work.claim ?? ""} is ${standing}`, work.refused || standing === "outside" ? 60 : 15);
     }
     await tick(ctx, 1_000);
   }
@@ -2703,6 +2762,7 @@ function forget(ctx: Ctx, open: Ec2Instance[]): void {
     for (const key of map.keys()) if (!alive.has(key.split(" ")[0] ?? "")) map.delete(key);
   for (const map of [ctx.state.detachSeenMs, ctx.state.finishedMs])
     for (const [key, atMs] of map) if (ctx.deps.now() - atMs > 3_600_000) map.delete(key);
+  if (ctx.state.left.size > 10_000) ctx.state.left.clear(); // a memory to save calls, no more
   for (const [key, untilMs] of ctx.state.failedPools) if (untilMs < ctx.deps.now()) ctx.state.failedPools.delete(key);
 }
 
@@ -2755,6 +2815,7 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
     const best = old ? winner(rivals.get(old) ?? []) : undefined;
     const stays = old !== undefined && isStaying(group?.members.get(old));
     const inService = group ? [...group.members.values()].filter((m) => m.lifecycleState === "InService") : [];
+    if (stays) ctx.state.left.delete(old); // attached once more
     const watch = `${claim.id} ${stays}`;
     if (!ctx.state.actedMs.has(watch)) ctx.state.actedMs.set(watch, nowMs);
     const options = ctx.state.groups.get(name)?.options ?? v.parse(groupSchema, {});
@@ -2851,7 +2912,7 @@ async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Prom
     aws(ctx, `removing ${TAG.maxSize} from ${name}`, (o) =>
       ctx.deps.autoScaling.send(new DeleteTagsCommand({ Tags: [groupTag(name, TAG.maxSize)] }), o),
     );
-  const isOurs = (max: number) => max > ours.original && max <= ours.raised;
+  const isOurs = (max: number) => isRaised(max, ours);
   const isBusy = (claims: Ec2Instance[]) =>
     claims.some((c) => c.tags[TAG.group] === name && isLiving(c) && !isSettled(c)) ||
     [...ctx.state.inHand.values()].some((w) => w.group === name && w.queue === "interruption_evt_sqs");
@@ -2882,7 +2943,10 @@ async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Prom
       ctx,
       `putting the maximum of ${name} back`,
       (o) =>
-        ctx.deps.autoScaling.send(new UpdateAutoScalingGroupCommand({ AutoScalingGroupName: name, MaxSize: ours.original }), o),
+        ctx.deps.autoScaling.send(
+          new UpdateAutoScalingGroupCommand({ AutoScalingGroupName: name, MaxSize: Math.max(ours.original, now.min) }),
+          o,
+        ),
       { tries: 1 },
     );
     ctx.deps.log.info(`put the maximum of ${name} back to ${ours.original}`, { group: name });
@@ -3209,8 +3273,9 @@ function logTarget(path: string | undefined): {
     },
     reopen: () => {
       if (!path) return;
-      closeSync(fd);
+      const old = fd;
       fd = openSync(path, "a");
+      closeSync(old);
     },
   };
 }
@@ -3236,10 +3301,21 @@ async function main(): Promise<number> {
   let level: Level = seelog ?? "debug";
   const log = makeLog(target.write, Date.now, target.tty, () => level);
   const stop = new AbortController();
+  let isStarting = true;
+  let hangup = async (): Promise<void> => undefined;
+  process.on("SIGHUP", () => {
+    try {
+      target.reopen();
+    } catch (error) {
+      log.error(`the log file cannot be opened anew, the old one stays: ${errorText(error)}`);
+    }
+    void hangup();
+  });
   for (const signal of ["SIGTERM", "SIGINT"] as const)
     process.on(signal, () => {
       log.info(`${signal}: stopping`);
       stop.abort(new Stopped(signal));
+      if (isStarting) process.exit(0); // nothing is in hand yet
       // Whatever still hangs by then comes again when its lease ends.
       setTimeout(() => process.exit(0), 9_500).unref();
     });
@@ -3248,7 +3324,12 @@ async function main(): Promise<number> {
     process.on(event, (error: unknown) =>
       log.error(`${event}: ${errorText(error)}`, { stack: error instanceof Error ? error.stack : undefined }),
     );
-  if (flags.t && !isLoopback(process.env.AWS_ENDPOINT_URL)) {
+  const endpoint = process.env.AWS_ENDPOINT_URL;
+  if (endpoint && !URL.canParse(endpoint)) {
+    log.error(`AWS_ENDPOINT_URL is no URL: "${endpoint}"; unset it, or give one such as http://127.0.0.1:4566`);
+    return 1;
+  }
+  if (flags.t && !isLoopback(endpoint)) {
     log.error("-t is for local tests: set AWS_ENDPOINT_URL to a loopback address, such as http://127.0.0.1:4566");
     return 1;
   }
@@ -3283,10 +3364,7 @@ async function main(): Promise<number> {
       await refresh(ctx, flags);
       level = levelOf(ctx.state.config.system);
     };
-    process.on("SIGHUP", () => {
-      target.reopen();
-      void again();
-    });
+    hangup = again;
     const refreshing = (async () => {
       while (!stop.signal.aborted) {
         const seconds = ctx.state.config.system.config_refresh_seconds || 60;
@@ -3295,6 +3373,7 @@ async function main(): Promise<number> {
       }
     })();
     void checkPermissions(ctx).catch((error: unknown) => log.debug(`dry runs: ${errorText(error)}`));
+    isStarting = false;
     await Promise.all([run(ctx), refreshing]);
     log.info("stopped");
     return 0;

@@ -245,7 +245,7 @@ export class AutoScaling {
       const group = this.#group(input.AutoScalingGroupName);
       const members = idList(input.InstanceIds, 50).map((id) => memberOf(group, id));
       for (const { state, instance } of members)
-        if (state === "Terminating" || state === "Detaching")
+        if (state !== "InService" && state !== "Standby")
           throw refuse(`The instance ${instance.id} is not in InService or EnteringStandby or Standby.`);
       this.touch(group);
       for (const member of members) member.protected = input.ProtectedFromScaleIn === true;

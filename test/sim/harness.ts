@@ -105,13 +105,18 @@ export class Stage {
     const sqs = wrap(client(this.world, "sqs"));
     const random = this.world.random;
     const now = () => this.clock.now() + skewMs;
-    const log: Log = this.#program.makeLog(
-      // A daemon counts from its own start; here all count from the world's.
-      (line) => this.lines.push(line.replace(/\[\d+\]/, `[${String(Math.floor((this.clock.now() - EPOCH_MS) / 1000)).padStart(4, "0")}]`)),
-      () => this.clock.now(),
-      true,
-      () => level,
-    ).with(id > 1 ? { daemon: id } : {});
+    const log: Log = this.#program
+      .makeLog(
+        // A daemon counts from its own start; here all count from the world's.
+        (line) =>
+          this.lines.push(
+            line.replace(/\[\d+\]/, `[${String(Math.floor((this.clock.now() - EPOCH_MS) / 1000)).padStart(4, "0")}]`),
+          ),
+        () => this.clock.now(),
+        true,
+        () => level,
+      )
+      .with(id > 1 ? { daemon: id } : {});
     const deps: Deps = {
       ec2: wrap(client(this.world, "ec2")),
       autoScaling: wrap(client(this.world, "autoscaling")),

@@ -19,7 +19,7 @@ import type {
   UpdateAutoScalingGroupType,
 } from "@aws-sdk/client-auto-scaling";
 import type { CreateFleetRequest, CreateTagsRequest, RunInstancesRequest, TerminateInstancesRequest } from "@aws-sdk/client-ec2";
-import type { DeleteMessageBatchRequest, SendMessageBatchRequest } from "@aws-sdk/client-sqs";
+import type { DeleteMessageBatchRequest, ReceiveMessageResult, SendMessageBatchRequest } from "@aws-sdk/client-sqs";
 import type { Group } from "../aws/autoscaling.ts";
 import type { Instance } from "../aws/ec2.ts";
 import type { Message } from "../aws/sqs.ts";
@@ -348,7 +348,8 @@ export class Watch {
       if (tags.has("spotmax:attached"))
         for (const id of ids) {
           const old = this.claims.get(id)?.old ?? "";
-          if (!this.#wasInService(id) && !this.#groupOf(this.#instance(id))) this.find("3", `${id} was settled without being in service`);
+          if (!this.#wasInService(id) && !this.#groupOf(this.#instance(id)))
+            this.find("3", `${id} was settled without being in service`);
           const member = this.#groupOf(this.#instance(old))?.members.get(old);
           if (member?.state === "InService" && this.#instance(id)?.group === this.#instance(old)?.group)
             this.find("6", `${id} was settled while ${old} is still in service`);
@@ -458,6 +459,7 @@ export class Watch {
           this.#sentMs.set(`${this.#queueName(input.QueueUrl)} ${id}`, this.#world.now());
       return answer;
     });
+    if (this.#traits.strict) this.#watchReceives();
     this.#around<DeleteMessageBatchRequest>("sqs", "DeleteMessageBatch", (input, perform) => {
       const queue = this.#world.sqs.queues.get(input.QueueUrl ?? "");
       for (const { ReceiptHandle = "" } of input.Entries ?? []) {
@@ -468,6 +470,19 @@ export class Watch {
       }
       return perform();
     });
+  }
+  /** Where nothing fails a good message is received once: while it is in hand its lease does not run out. */
+  #watchReceives(): void {
+    const { operations } = this.#world.sqs;
+    const inner = operations.ReceiveMessage;
+    if (!inner) throw new Error("the simulator has no ReceiveMessage");
+    operations.ReceiveMessage = async (input: { QueueUrl?: string }, context) => {
+      const answer = (await inner(input as never, context)) as ReceiveMessageResult;
+      for (const { Body = "", Attributes } of answer.Messages ?? [])
+        if (!this.poison.has(Body) && Number(Attributes?.ApproximateReceiveCount) > 1)
+          this.find("7", `received again although nothing failed: ${this.#queueName(input.QueueUrl)} ${Body.slice(0, 300)}`);
+      return answer;
+    };
   }
   #queueName(url: string | undefined): string {
     const { interruption, detach, termination } = this.#queues;
@@ -543,11 +558,13 @@ export class Watch {
       const expected = this.groups.get(group.name);
       if (!expected?.configured) continue;
       if (group.status) return `${group.name} is being deleted`;
-      if (group.tags.has("spotmax:max_size")) return `${group.name} carries spotmax:max_size=${group.tags.get("spotmax:max_size")?.value}`;
+      if (group.tags.has("spotmax:max_size"))
+        return `${group.name} carries spotmax:max_size=${group.tags.get("spotmax:max_size")?.value}`;
       let units = 0;
       for (const [id, { state, instance, weight }] of group.members) {
         if (state === "Standby") continue;
-        if (state !== "InService" || instance.state !== "running") return `${id} of ${group.name} is ${state} and ${instance.state}`;
+        if (state !== "InService" || instance.state !== "running")
+          return `${id} of ${group.name} is ${state} and ${instance.state}`;
         units += weight;
       }
       if (units < group.desired) return `${group.name} has ${units} units and desires ${group.desired}`;
@@ -603,7 +620,8 @@ export class Watch {
         const launches = this.#claimsOf(id).length;
         // AZRebalance may have ended one that waited for its turn.
         const isGone = !this.letGo.has(id) && !this.#groupOf(this.#instance(id));
-        if (owed && launches !== 1 && !(isGone && launches === 0)) this.find("1", `${launches} launches for ${id} in a life in which nothing fails`);
+        if (owed && launches !== 1 && !(isGone && launches === 0))
+          this.find("1", `${launches} launches for ${id} in a life in which nothing fails`);
       }
   }
 }
@@ -625,8 +643,14 @@ function readBody(body: string): { type: string; ids: string[]; group?: string; 
     throw error;
   }
   const { "detail-type": type, detail } = event;
-  if (typeof type !== "string" || typeof detail !== "object" || detail === null || detail.statusCode === "closed") return undefined;
+  if (typeof type !== "string" || typeof detail !== "object" || detail === null || detail.statusCode === "closed")
+    return undefined;
   const many = Array.isArray(detail.affectedEntities) ? detail.affectedEntities : [];
   const ids = [detail["instance-id"], ...many.map((entity) => entity.entityValue)];
-  return { type, ids: ids.filter((id) => typeof id === "string"), group: event.maxgroup?.group, deadlineMs: event.maxgroup?.deadlineMs };
+  return {
+    type,
+    ids: ids.filter((id) => typeof id === "string"),
+    group: event.maxgroup?.group,
+    deadlineMs: event.maxgroup?.deadlineMs,
+  };
 }

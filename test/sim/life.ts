@@ -53,7 +53,7 @@ const FEATURES = {
   /** Desired, minimum and maximum change, processes are suspended and resumed. */
   operator: 0.25,
   /** Members are detached, ended or put into Standby by hand. */
-  meddling: 0.15,
+  meddling: 0.2,
   removal: 0.05,
   /** A group leaves the configuration and comes back. */
   reconfiguration: 0.08,
@@ -64,7 +64,17 @@ const FEATURES = {
 export type Feature = keyof typeof FEATURES;
 export const featureNames = Object.keys(FEATURES) as Feature[];
 /** What a quiet life may have: nothing of it takes anything away. */
-const GENTLE = new Set<Feature>(["waves", "rebalance", "health", "strangers", "poison", "duplicates", "shuffled", "young", "big"]);
+const GENTLE = new Set<Feature>([
+  "waves",
+  "rebalance",
+  "health",
+  "strangers",
+  "poison",
+  "duplicates",
+  "shuffled",
+  "young",
+  "big",
+]);
 
 export interface LifeOptions {
   /** The real program, or a copy with a bug in it. */
@@ -138,6 +148,8 @@ class Life {
   readonly #slots: Slot[] = [];
   readonly #program: Program;
   readonly #leftOut = new Map<string, object>();
+  /** When notices are due, in ms from the start: that is when accidents hurt. */
+  readonly #noticeTimes: number[] = [];
   #isOver = false;
   #spawned = 0;
 
@@ -255,13 +267,24 @@ class Life {
     const count = has("big") ? random.between([5, 20]) : choose(random, 1, 1, 1, 2, 2, 3, 4);
     for (let n = 0; n < count; n++) this.#makeGroup(random, `g${n + 1}`, true);
     if (has("strangers")) this.#makeGroup(random, "other", false);
-    if (has("strangers")) for (let n = 0; n < 2; n++) this.#stage.world.createInstance({ zone: choose(random, "us-east-1a", "us-east-1b") });
+    if (has("strangers"))
+      for (let n = 0; n < 2; n++) this.#stage.world.createInstance({ zone: choose(random, "us-east-1a", "us-east-1b") });
   }
 
   #makeGroup(random: Random, name: string, isConfigured: boolean): void {
     const { world } = this.#stage;
     const members = random.chance(0.75) ? random.between([1, 4]) : random.between([5, 12]);
-    const kind = choose(random, "mixed", "mixed", "mixed", "partly on-demand", "weighted", "attributes", "on-demand", "asks for spot");
+    const kind = choose(
+      random,
+      "mixed",
+      "mixed",
+      "mixed",
+      "partly on-demand",
+      "weighted",
+      "attributes",
+      "on-demand",
+      "asks for spot",
+    );
     const isWeighted = kind === "weighted";
     const desired = isWeighted ? members * 2 : members;
     const min = random.chance(0.5) ? desired : random.between([0, desired]);
@@ -270,7 +293,11 @@ class Life {
     const isProtected = random.chance(0.15);
     // Where nothing may fail, a pool alone in its group has a neighbour.
     const isPlain = kind === "on-demand" || kind === "asks for spot";
-    const types = isPlain ? sample(random, TYPES, 1) : isWeighted ? HEAVY.slice(0, random.between([2, 4])) : sample(random, TYPES, random.between([2, 4]));
+    const types = isPlain
+      ? sample(random, TYPES, 1)
+      : isWeighted
+        ? HEAVY.slice(0, random.between([2, 4]))
+        : sample(random, TYPES, random.between([2, 4]));
     const isSuspended = random.chance(0.03);
     const spec: GroupSpec = {
       name,
@@ -320,7 +347,8 @@ class Life {
     });
     const ids = isConfigured ? this.#stage.group(spec, options) : world.createGroup(spec).instanceIds;
     if (this.#features.has("young"))
-      for (const id of ids) if (random.chance(0.5)) world.instance(id).launchedAtMs = this.#startMs - random.between([0, 9 * MINUTE]);
+      for (const id of ids)
+        if (random.chance(0.5)) world.instance(id).launchedAtMs = this.#startMs - random.between([0, 9 * MINUTE]);
   }
 
   // --- Faults of AWS ---------------------------------------------------------------------------------------------
@@ -330,7 +358,8 @@ class Life {
     const has = (name: Feature) => this.#features.has(name);
     const random = streamOf(this.#seed, "faults");
     world.buckets = has("buckets");
-    if (has("buckets")) for (const sizes of Object.values(world.bucketSizes)) sizes[0] = Math.ceil(sizes[0] / random.between([1, 8]));
+    if (has("buckets"))
+      for (const sizes of Object.values(world.bucketSizes)) sizes[0] = Math.ceil(sizes[0] / random.between([1, 8]));
     world.ec2.capacityErrorsAsCall = has("capacityErrorsAsCall");
     const stillborn = streamOf(this.#seed, "stillborn");
     if (has("stillborn"))
@@ -422,7 +451,11 @@ class Life {
     const random = streamOf(this.#seed, "weather");
     const has = (name: Feature) => this.#features.has(name);
     // The last notices come early enough for the stretch to see most of what follows.
-    const someday = (stream: Random) => stream.between([2_000, this.#stretchMs - 2 * MINUTE]);
+    const someday = (stream: Random) => {
+      const ms = stream.between([2_000, this.#stretchMs - 2 * MINUTE]);
+      this.#noticeTimes.push(ms);
+      return ms;
+    };
     const often = (feature: Feature, times: [number, number], act: (stream: Random) => void) => {
       if (!has(feature)) return;
       const stream = streamOf(this.#seed, `weather ${feature}`);
@@ -433,7 +466,8 @@ class Life {
     often("waves", [1, 2], (stream) => {
       const group = pick(stream, this.#groupNames());
       const size = stream.between([2, 10]);
-      for (let n = 0; n < size; n++) world.after(stream.between([0, 3_000]), () => this.#interruptOne(stream, "InService", group));
+      for (let n = 0; n < size; n++)
+        world.after(stream.between([0, 3_000]), () => this.#interruptOne(stream, "InService", group));
     });
     often("replacements", [1, 3], (stream) => this.#interruptReplacement(stream));
     often("rebalance", [1, 4], (stream) => this.#rebalanceOne(stream));
@@ -442,6 +476,14 @@ class Life {
     often("poison", [1, 3], (stream) => this.#poison(stream));
     often("rehearsals", [1, 2], (stream) => this.#rehearse(stream));
     often("droughts", [1, 3], (stream) => this.#dry(stream));
+  }
+
+  /** Any moment, but more often one at which something is being replaced. */
+  #moment(random: Random): number {
+    const near = pick(random, this.#noticeTimes);
+    return near === undefined || random.chance(0.3)
+      ? random.between([1_000, this.#stretchMs])
+      : near + random.between([0, choose(random, 3_000, 30_000, 120_000)]);
   }
 
   #groupNames(): string[] {
@@ -481,7 +523,10 @@ class Life {
     const has = (name: Feature) => this.#features.has(name);
     const isShort = has("late") && random.chance(0.3);
     const noticeSeconds = isShort ? random.between([20, 118]) : 120;
-    const eventDelayMs = has("late") && random.chance(0.5) ? random.between([1_000, choose(random, 10_000, 60_000, 150_000)]) : random.between([0, 2_000]);
+    const eventDelayMs =
+      has("late") && random.chance(0.5)
+        ? random.between([1_000, choose(random, 10_000, 60_000, 150_000)])
+        : random.between([0, 2_000]);
     const action = random.chance(0.1) ? choose(random, "stop", "hibernate") : "terminate";
     const duplicates = has("duplicates") && random.chance(0.5) ? random.between([2, 4]) : 1;
     const keepCapacity = !has("droughts") || random.chance(0.5);
@@ -528,7 +573,11 @@ class Life {
   #strangeEvent(random: Random): void {
     const { world, queues } = this.#stage;
     const outside = [...world.ec2.instances.values()].filter(
-      (i) => i.state === "running" && !this.#watch.claims.has(i.id) && !this.#watch.letGo.has(i.id) && (!i.group || i.group === "other"),
+      (i) =>
+        i.state === "running" &&
+        !this.#watch.claims.has(i.id) &&
+        !this.#watch.letGo.has(i.id) &&
+        (!i.group || i.group === "other"),
     );
     const stranger = pick(random, outside);
     switch (random.between([0, 3])) {
@@ -602,7 +651,8 @@ class Life {
   }
   #rain(): void {
     for (const lifecycle of ["spot", "on-demand"] as const)
-      for (const type of ALL_TYPES) for (const zone of ZONES) this.#stage.world.pool(lifecycle, type, zone).capacity = Number.POSITIVE_INFINITY;
+      for (const type of ALL_TYPES)
+        for (const zone of ZONES) this.#stage.world.pool(lifecycle, type, zone).capacity = Number.POSITIVE_INFINITY;
   }
 
   // --- Daemons ---------------------------------------------------------------------------------------------------
@@ -634,7 +684,13 @@ class Life {
     if (!slot.alive) return;
     this.#say("killed");
     slot.daemon?.kill();
-    this.#ended(slot, streamOf(this.#seed, `restart ${this.#spawned}`).between([500, choose(streamOf(this.#seed, `how long ${this.#spawned}`), 3_000, 10_000, 60_000)]));
+    this.#ended(
+      slot,
+      streamOf(this.#seed, `restart ${this.#spawned}`).between([
+        500,
+        choose(streamOf(this.#seed, `how long ${this.#spawned}`), 3_000, 10_000, 60_000),
+      ]),
+    );
   }
   #ended(slot: Slot, afterMs: number): void {
     if (!slot.alive) return;
@@ -666,15 +722,14 @@ class Life {
         this.#slots.filter((slot) => slot.alive && slot.killIn === undefined),
       );
     if (has("kills"))
-      // Most shortly after a notice, where there is something to be interrupted in.
       for (let n = random.between([1, 6]); n > 0; n--)
-        world.after(random.between([1_000, this.#stretchMs]), () => {
+        world.after(this.#moment(random), () => {
           const slot = this.#isOver ? undefined : anyone();
           if (slot) slot.killIn = random.between([0, choose(random, 5, 30, 100)]);
         });
     if (has("sigterms"))
       for (let n = random.between([1, 3]); n > 0; n--)
-        world.after(random.between([1_000, this.#stretchMs]), () => {
+        world.after(this.#moment(random), () => {
           const slot = this.#isOver ? undefined : anyone();
           if (!slot) return;
           this.#say("SIGTERM");
@@ -691,8 +746,9 @@ class Life {
       if (!this.#features.has(feature)) return;
       const stream = streamOf(this.#seed, `operator ${feature}`);
       for (let n = stream.between(times); n > 0; n--)
-        world.after(stream.between([1_000, this.#stretchMs]), () => {
-          const name = pick(stream, this.#groupNames());
+        world.after(this.#moment(stream), () => {
+          const busy = this.#groupNames().filter((group) => !this.#watch.isCalm(group));
+          const name = pick(stream, busy.length && stream.chance(0.5) ? busy : this.#groupNames());
           if (name && !this.#isOver && !world.autoscaling.groups.get(name)?.status) act(stream, name);
         });
     };
@@ -727,7 +783,11 @@ class Life {
       case 1:
         return update({ MaxSize: group.desired + random.between([0, 4]) });
       case 2: {
-        const names = sample(random, ["Launch", "Terminate", "AZRebalance", "HealthCheck", "ReplaceUnhealthy", "AddToLoadBalancer"], random.between([1, 3]));
+        const names = sample(
+          random,
+          ["Launch", "Terminate", "AZRebalance", "HealthCheck", "ReplaceUnhealthy", "AddToLoadBalancer"],
+          random.between([1, 3]),
+        );
         this.#say(`operator: suspends ${names.join(" ")} of ${name}`);
         if (names.includes("Launch")) expected.pausedUntilMs = Number.POSITIVE_INFINITY;
         this.#watch.operate("autoscaling", "SuspendProcesses", { AutoScalingGroupName: name, ScalingProcesses: names });
@@ -765,16 +825,22 @@ class Life {
     const { world } = this.#stage;
     const group = world.autoscaling.groups.get(name);
     const expected = this.#watch.groups.get(name);
-    const member = pick(
-      random,
-      [...(group?.members.values() ?? [])].filter(({ state }) => state === "InService"),
-    );
+    const members = [...(group?.members.values() ?? [])].filter(({ state }) => state === "InService");
+    const busy = members.filter(({ instance }) => this.#watch.isInHand(instance.id));
+    const member = pick(random, busy.length && random.chance(0.6) ? busy : members);
     if (!group || !expected || !member) return;
     const { id } = member.instance;
     const ShouldDecrementDesiredCapacity = random.chance(0.5);
     const many = { AutoScalingGroupName: name, InstanceIds: [id], ShouldDecrementDesiredCapacity };
     const before = group.desired;
-    const act = choose(random, "DetachInstances", "DetachInstances", "TerminateInstanceInAutoScalingGroup", "TerminateInstances", "EnterStandby");
+    const act = choose(
+      random,
+      "DetachInstances",
+      "DetachInstances",
+      "TerminateInstanceInAutoScalingGroup",
+      "TerminateInstances",
+      "EnterStandby",
+    );
     this.#say(`operator: ${act} ${id} of ${name}${ShouldDecrementDesiredCapacity ? " with decrement" : ""}`);
     const isInHand = this.#watch.isInHand(id);
     if (act === "TerminateInstances") {
@@ -829,7 +895,21 @@ class Life {
   }
 }
 
-const ALL_TYPES = [...new Set([...TYPES, ...HEAVY, "m5n.large", "m5d.large", "m7i.large", "c4.large", "c6i.large", "c6a.large", "r4.large", "r5a.large", "r6i.large"])];
+const ALL_TYPES = [
+  ...new Set([
+    ...TYPES,
+    ...HEAVY,
+    "m5n.large",
+    "m5d.large",
+    "m7i.large",
+    "c4.large",
+    "c6i.large",
+    "c6a.large",
+    "r4.large",
+    "r5a.large",
+    "r6i.large",
+  ]),
+];
 
 function throttleOf(service: Service): AwsError {
   if (service === "ec2") return new AwsError("RequestLimitExceeded", "Request limit exceeded.", 503);
