@@ -1960,105 +1960,133 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
   }
 }
 
+/** One launch call, decided: what to ask for, how it is tagged, and what its token is made of. */
+type Launch = {
+  group: Group;
+  pools: Pool[];
+  lifecycle: "spot" | "on-demand";
+  tags: { Key: string; Value: string }[];
+  count: number;
+  salt: string;
+  asksForSpot: boolean;
+};
+
 /** One launch call for up to ten notices; answers each with its instance, or undefined. */
 async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise<(string | undefined)[]> {
+  const olds = items.map((i) => i.work.instance).sort();
+  const attempt = Math.max(...items.map((i) => i.work.attempt));
+  const call = await planBatch(ctx, name, items, olds, attempt);
+  if (!call) return items.map(() => undefined);
+  const { lifecycle, pools, count } = call;
+  const rung = items[0]?.rung;
+  for (const { work } of items) {
+    work.launchOut = true;
+    work.log.debug(`asking for ${lifecycle}`, { rung, pools: pools.length, with: count > 1 ? count : undefined, attempt });
+  }
+  let ids: string[] = [];
+  try {
+    ids = call.asksForSpot ? await runInstances(ctx, call) : await createFleet(ctx, call);
+  } catch (error) {
+    // Nobody knows what became of the call: going on with other parameters could launch twice.
+    if (error instanceof Stopped || isRetryable(error)) throw error;
+    refused(ctx, call, error);
+  }
+  for (const { work } of items) work.launchOut = false;
+  ids.sort();
+  await noteClaims(ctx, call, ids);
+  for (const { work } of items) {
+    const replacement = ids[olds.indexOf(work.instance)];
+    if (replacement) work.log.info(`launched ${replacement} for ${work.instance}`, { replacement, lifecycle, rung });
+    else work.attempt = attempt + 1;
+  }
+  return items.map((i) => ids[olds.indexOf(i.work.instance)]);
+}
+
+async function planBatch(
+  ctx: Ctx,
+  name: string,
+  items: LaunchItem[],
+  olds: string[],
+  attempt: number,
+): Promise<Launch | undefined> {
   const [first] = items;
-  const none = items.map(() => undefined);
   const group = await ctx.cloud.group(name);
-  if (!first || !group?.template || group.suspended.has("Launch") || group.status) return none;
-  const { work, rung } = first;
-  const { old, member } = work;
-  if (!old || !member) return none;
+  if (!first || !group?.template || group.suspended.has("Launch") || group.status) return undefined;
+  const { old, member, options } = first.work;
+  if (!old || !member) return undefined;
   const templates = [group.template, ...group.overrides.flatMap((o) => o.template ?? [])];
   const [data = noTemplate, ...more] = await Promise.all(templates.map((t) => templateOf(ctx, t)));
-  const asksForSpot = data.asksForSpot || more.some((d) => d.asksForSpot);
-  const zones = await subnetsByZone(ctx, group, data.namesSubnet);
-  const others = [...ctx.state.inHand.values()].filter((w) => w.group === name && w.queue === "interruption_evt_sqs").length > 1;
+  const inHand = [...ctx.state.inHand.values()].filter((w) => w.group === name && w.queue === "interruption_evt_sqs");
   const pools = planLaunch({
     group,
     old: { type: old.type, zone: member.zone, weight: member.weight },
-    rung,
-    alone: !others,
+    rung: first.rung,
+    alone: inHand.length < 2,
     desperate: first.desperate,
-    alt: work.options.alt,
-    subnets: zones,
+    alt: options.alt,
+    subnets: await subnetsByZone(ctx, group, data.namesSubnet),
     templateType: data.type,
     memory: poolMemory(ctx),
   });
-  if (!pools.length) return none;
-  const olds = items.map((i) => i.work.instance).sort();
-  const byOld = new Map(items.map((i) => [i.work.instance, i]));
-  const lifecycle = rung === "on-demand" ? ("on-demand" as const) : ("spot" as const);
+  if (!pools.length) return undefined;
+  const lifecycle = first.rung === "on-demand" ? "on-demand" : "spot";
+  const isFallback = lifecycle === "on-demand" && (old.spot || TAG.fallback in old.tags);
   const tags = [
     ...group.propagatedTags,
     { Key: TAG.group, Value: name },
     { Key: TAG.replaces, Value: olds.join(" ") },
-    ...(rung === "on-demand" && old.spot ? [{ Key: TAG.fallback, Value: "on-demand" }] : []),
+    ...(isFallback ? [{ Key: TAG.fallback, Value: "on-demand" }] : []),
   ];
-  const attempt = Math.max(...items.map((i) => i.work.attempt));
   // Half a minute later the tag shows what was launched, so it is asked anew: AWS would repeat its "nothing to be had".
   const since = (w: Work) => Math.floor((cloudNow(ctx) - w.firstReceivedMs) / 30_000);
-  const token = `${attempt} ${items.map((i) => `${i.work.notice.id} ${since(i.work)}`).sort()}`;
-  for (const i of items) {
-    i.work.log.debug(`asking for ${lifecycle}`, {
-      rung,
-      pools: pools.length,
-      with: items.length > 1 ? items.length : undefined,
-      attempt,
-    });
-  }
-  let ids: string[] = [];
-  const out = (launchOut: boolean) => {
-    for (const i of items) i.work.launchOut = launchOut;
+  const salt = `${attempt} ${items.map((i) => `${i.work.notice.id} ${since(i.work)}`).sort()}`;
+  return {
+    group,
+    pools,
+    lifecycle,
+    tags,
+    count: items.length,
+    salt,
+    asksForSpot: data.asksForSpot || more.some((d) => d.asksForSpot),
   };
-  out(true);
-  try {
-    ids = asksForSpot
-      ? await runInstances(ctx, pools, lifecycle, tags, items.length, token)
-      : await createFleet(ctx, group, pools, lifecycle, tags, items.length, token);
-  } catch (error) {
-    // Nobody knows what became of the call: going on with other parameters could launch twice.
-    if (error instanceof Stopped || isRetryable(error)) throw error;
-    out(false);
-    const text = errorText(error);
-    if (errorName(error) === "IdempotentParameterMismatch") work.log.debug(`${text}: looking for what was launched before`);
-    else work.log[CAPACITY.has(errorName(error)) ? "warn" : "error"](`${rung}: ${text}`, { error: errorName(error) });
-    if (CAPACITY.has(errorName(error)))
-      for (const p of pools) if (p.type) remember(ctx, lifecycle, p.type, p.zone, FAILED_MS, "failed");
-  }
-  out(false);
-  ids.sort();
-  if (items.length > 1 && ids.length) tags.push({ Key: TAG.order, Value: ids.join(" ") });
-  const launchedMs = cloudNow(ctx);
-  for (const id of ids) {
-    const tagged = Object.fromEntries(tags.map(({ Key, Value }) => [Key, Value]));
-    ctx.state.claims.set(id, {
-      id,
-      type: "",
-      zone: "",
-      state: "pending",
-      stateReason: "",
-      spot: lifecycle === "spot",
-      launchedMs,
-      tags: tagged,
-    });
-  }
-  if (items.length > 1 && ids.length) await ctx.cloud.tag(ids, { [TAG.order]: ids.join(" ") }, 10_000);
-  olds.forEach((old, n) => {
-    const item = byOld.get(old);
-    if (ids[n]) item?.work.log.info(`launched ${ids[n]} for ${old}`, { replacement: ids[n], lifecycle, rung });
-    else if (item) item.work.attempt = attempt + 1;
-  });
-  return items.map((i) => ids[olds.indexOf(i.work.instance)]);
+}
+
+/** A launch call that AWS answered with a refusal. */
+function refused(ctx: Ctx, { group, pools, lifecycle }: Launch, error: unknown): void {
+  const name = errorName(error);
+  const log = ctx.deps.log.with({ group: group.name, error: name });
+  if (name === "IdempotentParameterMismatch") log.debug(`${errorText(error)}: looking for what was launched before`);
+  else log[CAPACITY.has(name) ? "warn" : "error"](`${errorText(error)}`);
+  if (CAPACITY.has(name)) for (const p of pools) if (p.type) remember(ctx, lifecycle, p.type, p.zone, FAILED_MS, "failed");
+}
+
+/** Remembers what was launched, and gives a batch its order. */
+async function noteClaims(ctx: Ctx, { tags, count, lifecycle }: Launch, ids: string[]): Promise<void> {
+  const order: Record<string, string> = count > 1 ? { [TAG.order]: ids.join(" ") } : {};
+  const tagged = { ...Object.fromEntries(tags.map(({ Key, Value }) => [Key, Value])), ...order };
+  const claim = {
+    type: "",
+    zone: "",
+    state: "pending",
+    stateReason: "",
+    spot: lifecycle === "spot",
+    launchedMs: cloudNow(ctx),
+    tags: tagged,
+  };
+  for (const id of ids) ctx.state.claims.set(id, { id, ...claim });
+  if (count > 1 && ids.length) await ctx.cloud.tag(ids, order, 10_000);
 }
 
 /** The same call with the same token until there is an answer, for about two minutes. */
 const LAUNCH_CALL = { tries: 30, timeoutMs: 20_000 };
 
-/** The token covers all that the request says, the notices and the attempt: AWS may repeat its answer, and "nothing" too, for an hour. A second try with other types under the first one's token is refused. */
-const tokenOf = (request: object, attempt: string) =>
+/**
+ * The token covers all that the request says, the notices and the attempt: AWS may repeat its answer, "nothing" too,
+ * for an hour, and refuses a second try with other types under the first one's token.
+ */
+const tokenOf = (request: object, salt: string) =>
   createHash("sha256")
-    .update(JSON.stringify([request, attempt]))
+    .update(JSON.stringify([request, salt]))
     .digest("hex");
 
 /** A fleet names a template by ID or by name, never by both. */
@@ -2102,21 +2130,13 @@ export function fleetRequest(
   };
 }
 
-async function createFleet(
-  ctx: Ctx,
-  group: Group,
-  pools: Pool[],
-  lifecycle: "spot" | "on-demand",
-  tags: { Key: string; Value: string }[],
-  count: number,
-  attempt: string,
-): Promise<string[]> {
+async function createFleet(ctx: Ctx, { group, pools, lifecycle, tags, count, salt }: Launch): Promise<string[]> {
   const request = fleetRequest(group, pools, lifecycle, tags, count);
-  const input = { ...request, ClientToken: tokenOf(request, attempt) };
+  const command = new CreateFleetCommand({ ...request, ClientToken: tokenOf(request, salt) });
   const { Instances = [], Errors = [] } = await aws(
     ctx,
     `launching ${count} ${lifecycle}`,
-    (o) => ctx.deps.ec2.send(new CreateFleetCommand(input), o),
+    (o) => ctx.deps.ec2.send(command, o),
     LAUNCH_CALL,
   );
   const zoneOf = new Map(pools.map((p) => [p.subnet, p.zone]));
@@ -2136,14 +2156,7 @@ async function createFleet(
 }
 
 /** A template that itself asks for spot, which CreateFleet may refuse: one pool after the other. */
-async function runInstances(
-  ctx: Ctx,
-  pools: Pool[],
-  lifecycle: "spot" | "on-demand",
-  tags: { Key: string; Value: string }[],
-  count: number,
-  attempt: string,
-): Promise<string[]> {
+async function runInstances(ctx: Ctx, { pools, lifecycle, tags, count, salt }: Launch): Promise<string[]> {
   if (lifecycle === "on-demand")
     throw Object.assign(new Error("the launch template asks for spot itself: on-demand cannot be had from it"), {
       name: "Unsupported",
@@ -2158,10 +2171,11 @@ async function runInstances(
       TagSpecifications: [{ ResourceType: "instance", Tags: tags }],
     };
     try {
+      const command = new RunInstancesCommand({ ...request, ClientToken: tokenOf(request, salt) });
       const { Instances = [] } = await aws(
         ctx,
         `launching ${p.type} in ${p.zone}`,
-        (o) => ctx.deps.ec2.send(new RunInstancesCommand({ ...request, ClientToken: tokenOf(request, attempt) }), o),
+        (o) => ctx.deps.ec2.send(command, o),
         LAUNCH_CALL,
       );
       const ids = Instances.flatMap((i) => (i.InstanceId ? [i.InstanceId] : []));
@@ -3280,6 +3294,60 @@ function logTarget(path: string | undefined): {
   };
 }
 
+/** Signals and stray faults, before anything else: a hangup before the program is up must not end it either. */
+function listen(log: Log, target: ReturnType<typeof logTarget>) {
+  const stop = new AbortController();
+  const up: { isUp: boolean; refresh: () => Promise<void> } = { isUp: false, refresh: async () => undefined };
+  process.on("SIGHUP", () => {
+    try {
+      target.reopen();
+    } catch (error) {
+      log.error(`the log file cannot be opened anew, the old one stays: ${errorText(error)}`);
+    }
+    void up.refresh();
+  });
+  for (const signal of ["SIGTERM", "SIGINT"] as const)
+    process.on(signal, () => {
+      log.info(`${signal}: stopping`);
+      stop.abort(new Stopped(signal));
+      if (!up.isUp) process.exit(0); // nothing is in hand yet
+      // Whatever still hangs by then comes again when its lease ends.
+      setTimeout(() => process.exit(0), 9_500).unref();
+    });
+  // A fault in one corner must not take down what guards the fleet.
+  for (const event of ["uncaughtException", "unhandledRejection"] as const)
+    process.on(event, (error: unknown) =>
+      log.error(`${event}: ${errorText(error)}`, { stack: error instanceof Error ? error.stack : undefined }),
+    );
+  return { stop, up };
+}
+
+/** The configuration and, where the build asks for one, the license; throws ConfigError. */
+async function load(source: Pick<Ctx, "deps" | "signal">, flags: Flags): Promise<Config> {
+  const endpoint = process.env.AWS_ENDPOINT_URL;
+  if (endpoint && !URL.canParse(endpoint))
+    throw new ConfigError(`AWS_ENDPOINT_URL is no URL: "${endpoint}"; unset it, or give one such as http://127.0.0.1:4566`);
+  if (flags.t && !isLoopback(endpoint))
+    throw new ConfigError("-t is for local tests: set AWS_ENDPOINT_URL to a loopback address, such as http://127.0.0.1:4566");
+  const config = parseConfig(await readFile(source, flags, "service_config.json"));
+  if (flags.t) refuseRealAws(config);
+  const publicKey = process.env.MAXGROUP_LICENSE_PUBLIC_KEY;
+  const fault = publicKey ? licenseFault(await readFile(source, flags, "license.txt"), publicKey, Date.now()) : undefined;
+  if (fault) throw new ConfigError(fault);
+  const asked = { "system.listen": config.system.listen, "system.webhook_url": config.system.webhook_url, "-K": flags.K };
+  for (const [name, value] of Object.entries(asked))
+    if (value) source.deps.log.warn(`${name} is set, but this version does not act on it`);
+  return config;
+}
+
+async function refreshLoop(ctx: Ctx, refreshNow: () => Promise<void>): Promise<void> {
+  const seconds = () => ctx.state.config.system.config_refresh_seconds;
+  while (!ctx.signal.aborted) {
+    await pause(ctx, (seconds() || 60) * 1000).catch(() => undefined); // only ever Stopped
+    if (!ctx.signal.aborted && seconds()) await refreshNow();
+  }
+}
+
 async function main(): Promise<number> {
   const flags = parseFlags(process.argv.slice(2));
   if (typeof flags === "string") {
@@ -3300,81 +3368,31 @@ async function main(): Promise<number> {
   const seelog = existsSync("conf/seelog.xml") ? seelogLevel(readFileSync("conf/seelog.xml", "utf8")) : undefined;
   let level: Level = seelog ?? "debug";
   const log = makeLog(target.write, Date.now, target.tty, () => level);
-  const stop = new AbortController();
-  let isStarting = true;
-  let hangup = async (): Promise<void> => undefined;
-  process.on("SIGHUP", () => {
-    try {
-      target.reopen();
-    } catch (error) {
-      log.error(`the log file cannot be opened anew, the old one stays: ${errorText(error)}`);
-    }
-    void hangup();
-  });
-  for (const signal of ["SIGTERM", "SIGINT"] as const)
-    process.on(signal, () => {
-      log.info(`${signal}: stopping`);
-      stop.abort(new Stopped(signal));
-      if (isStarting) process.exit(0); // nothing is in hand yet
-      // Whatever still hangs by then comes again when its lease ends.
-      setTimeout(() => process.exit(0), 9_500).unref();
-    });
-  // A fault in one corner must not take down what guards the fleet.
-  for (const event of ["uncaughtException", "unhandledRejection"] as const)
-    process.on(event, (error: unknown) =>
-      log.error(`${event}: ${errorText(error)}`, { stack: error instanceof Error ? error.stack : undefined }),
-    );
-  const endpoint = process.env.AWS_ENDPOINT_URL;
-  if (endpoint && !URL.canParse(endpoint)) {
-    log.error(`AWS_ENDPOINT_URL is no URL: "${endpoint}"; unset it, or give one such as http://127.0.0.1:4566`);
-    return 1;
-  }
-  if (flags.t && !isLoopback(endpoint)) {
-    log.error("-t is for local tests: set AWS_ENDPOINT_URL to a loopback address, such as http://127.0.0.1:4566");
-    return 1;
-  }
+  const { stop, up } = listen(log, target);
   try {
     const deps = realDeps(flags, log);
-    const config = parseConfig(await readFile({ deps, signal: stop.signal }, flags, "service_config.json"));
-    if (flags.t) refuseRealAws(config);
-    const publicKey = process.env.MAXGROUP_LICENSE_PUBLIC_KEY;
-    const fault = publicKey
-      ? licenseFault(await readFile({ deps, signal: stop.signal }, flags, "license.txt"), publicKey, Date.now())
-      : undefined;
-    if (fault) throw new ConfigError(fault);
-    const ctx = makeContext(deps, config, stop.signal);
-    const levelOf = ({ log_level }: Config["system"]): Level =>
-      log_level === "warning" ? "warn" : (log_level ?? seelog ?? "debug");
-    level = levelOf(config.system);
+    const ctx = makeContext(deps, await load({ deps, signal: stop.signal }, flags), stop.signal);
+    const setLevel = ({ log_level }: Config["system"]) => {
+      level = log_level === "warning" ? "warn" : (log_level ?? seelog ?? "debug");
+    };
+    setLevel(ctx.state.config.system);
+    const { interruption_evt_sqs, detach_evt_sqs } = ctx.state.config.global;
     log.info(`max_group ${pkg.version}`, {
       region: flags.r,
       config: flags.t ? "conf/service_config.json" : `s3://${flags.b}/service_config.json`,
     });
-    const unused = [
-      ...(["listen", "webhook_url"] as const).flatMap((key) => (config.system[key] ? [`system.${key}`] : [])),
-      ...(flags.K ? ["-K"] : []),
-    ];
-    for (const name of unused) log.warn(`${name} is set, but this version does not act on it`);
     await Promise.all([checkQueues(ctx), checkGroups(ctx)]);
     if (![...ctx.state.groups.values()].some((g) => !g.broken))
       throw new ConfigError("no group can be looked after; see the errors above");
-    log.debug(`interruption sqs:${config.global.interruption_evt_sqs.queue_url}`);
-    log.debug(`Detach sqs:${config.global.detach_evt_sqs.queue_url}`);
-    const again = async () => {
+    log.debug(`interruption sqs:${interruption_evt_sqs.queue_url}`);
+    log.debug(`Detach sqs:${detach_evt_sqs.queue_url}`);
+    up.refresh = async () => {
       await refresh(ctx, flags);
-      level = levelOf(ctx.state.config.system);
+      setLevel(ctx.state.config.system);
     };
-    hangup = again;
-    const refreshing = (async () => {
-      while (!stop.signal.aborted) {
-        const seconds = ctx.state.config.system.config_refresh_seconds || 60;
-        await pause(ctx, seconds * 1000).catch(() => undefined); // only ever Stopped
-        if (!stop.signal.aborted && ctx.state.config.system.config_refresh_seconds) await again();
-      }
-    })();
+    up.isUp = true;
     void checkPermissions(ctx).catch((error: unknown) => log.debug(`dry runs: ${errorText(error)}`));
-    isStarting = false;
-    await Promise.all([run(ctx), refreshing]);
+    await Promise.all([run(ctx), refreshLoop(ctx, up.refresh)]);
     log.info("stopped");
     return 0;
   } catch (error) {
