@@ -33,17 +33,25 @@ import {
 } from "@aws-sdk/client-auto-scaling";
 import {
   type _InstanceType,
+  AttachVolumeCommand,
   CreateFleetCommand,
   type CreateFleetCommandInput,
+  CreateSnapshotCommand,
   CreateTagsCommand,
+  CreateVolumeCommand,
   DescribeInstancesCommand,
+  DescribeInstanceTypeOfferingsCommand,
   DescribeLaunchTemplateVersionsCommand,
+  DescribeSnapshotsCommand,
   DescribeSubnetsCommand,
+  DescribeVolumesCommand,
   EC2Client,
+  type Volume as Ec2Volume,
   type Filter,
   type FleetLaunchTemplateOverridesRequest,
   type Instance,
   type InstanceRequirementsRequest,
+  ModifyInstanceAttributeCommand,
   RunInstancesCommand,
   type RunInstancesCommandInput,
   TerminateInstancesCommand,
@@ -166,7 +174,7 @@ const GROUP_OPTIONS = {
 const ALT = /^alt[1-9]\d*$/;
 const INSTANCE_TYPE = /^[a-z][a-z0-9-]*\.[a-z0-9-]+$/;
 /** Options that this version reads but does not act on yet: a group that asks for one is told so at start. */
-export const NOT_YET = ["is_enable_preaction", "persistence_dev", "consul_port", "k8s_node_drain_option"] as const;
+export const NOT_YET = ["is_enable_preaction", "consul_port", "k8s_node_drain_option"] as const;
 
 /** The known name that is fewest edits away, if it is near enough to be what was meant. */
 export function nearest(name: string, known: string[]): string | undefined {
@@ -656,6 +664,8 @@ export const TAG = {
   detached: "spotmax:detached",
   fallback: "spotmax:fallback",
   maxSize: "spotmax:max_size",
+  /** On a volume: the instance whose data it is; on an instance: its data's volume; on a snapshot: what it copies. */
+  volume: "spotmax:volume",
 } as const;
 export const RESERVED_TAGS = new Set<string>(Object.values(TAG));
 
@@ -668,6 +678,8 @@ export type Ec2Instance = {
   spot: boolean;
   launchedMs: number;
   tags: Record<string, string>;
+  /** By device name; `ends`: goes with the instance. */
+  volumes: Record<string, { id: string; ends: boolean }>;
 };
 export type Member = {
   id: string;
@@ -723,6 +735,11 @@ export function toInstance(i: Instance): Ec2Instance | undefined {
     spot: i.InstanceLifecycle === "spot",
     launchedMs: i.LaunchTime?.getTime() ?? 0,
     tags: tagsOf(i.Tags),
+    volumes: Object.fromEntries(
+      (i.BlockDeviceMappings ?? []).flatMap(({ DeviceName, Ebs }) =>
+        DeviceName && Ebs?.VolumeId ? [[DeviceName, { id: Ebs.VolumeId, ends: Ebs.DeleteOnTermination ?? true }]] : [],
+      ),
+    ),
   };
 }
 const isLiving = (i: Ec2Instance | undefined): boolean => i?.state === "pending" || i?.state === "running";
@@ -877,6 +894,17 @@ function makeCloud(ctx: Ctx) {
     naming: reader<Ec2Instance[]>(deps, 200, 4, async (olds) => {
       const found = await describe("looking for claims", [{ Name: `tag:${TAG.replaces}`, Values: olds.map((id) => `*${id}*`) }]);
       return new Map(olds.map((id) => [id, found.filter((i) => (i.tags[TAG.replaces] ?? "").split(" ").includes(id))]));
+    }),
+    /** Every volume whose data is this instance's. */
+    volumesOf: reader<Volume[]>(deps, 100, 4, async (owners) => {
+      const Filters = [{ Name: `tag:${TAG.volume}`, Values: owners }];
+      const { Volumes = [] } = await aws(ctx, "reading volumes", (o) =>
+        deps.ec2.send(new DescribeVolumesCommand({ Filters, MaxResults: 500 }), o),
+      );
+      return Map.groupBy(
+        Volumes.flatMap((v) => toVolume(v) ?? []),
+        (v) => v.tags[TAG.volume] ?? "",
+      );
     }),
     member: reader<Member>(deps, 50, 4, async (ids) => {
       const { AutoScalingInstances = [] } = await aws(ctx, "finding groups", (o) =>
@@ -1299,23 +1327,30 @@ type Step = {
 };
 
 const hasDeadline = (work: Work) => work.deadlineMs !== undefined;
+const hasVolume = (work: Work) => work.options.persistence_dev !== undefined;
 const hasNoDeadline = (work: Work) => work.deadlineMs === undefined;
 
 export const TABLE: Record<QueueName, Step[]> = {
   interruption_evt_sqs: [
     { name: "find group", run: findGroup },
     { name: "send detach message", when: hasDeadline, run: sendDetachMessage },
+    { name: "protect volume", when: (work) => hasVolume(work) && hasDeadline(work), run: protectVolume },
     { name: "launch", run: launch },
     { name: "wait until running", run: waitUntilRunning },
     { name: "attach", run: attach },
     { name: "send detach message", when: hasNoDeadline, run: sendDetachMessage },
+    { name: "protect volume", when: (work) => hasVolume(work) && hasNoDeadline(work), run: protectVolume },
   ],
   detach_evt_sqs: [
+    { name: "protect volume", when: "persistence_dev", run: protectVolume },
     { name: "wait for the replacement", run: waitForReplacement },
     { name: "detach", run: detach },
     { name: "send termination message", run: sendTerminationMessage },
   ],
-  termination_evt_sqs: [{ name: "terminate", run: terminate }],
+  termination_evt_sqs: [
+    { name: "terminate", run: terminate },
+    { name: "move volume", when: "persistence_dev", run: moveVolume },
+  ],
 };
 
 /** One message in hand, for one old instance, and what its steps have found out so far. */
@@ -1655,12 +1690,13 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   const row = NOTICES[notice.type];
   if (row?.option && !work.options[row.option]) return skip(`${notice.type}: ${row.option} is off`);
 
+  // Before anything can fail, for it travels in every copy. A replacement that is itself replaced is protected by us.
+  const claim = ctx.state.claims.get(instance);
+  const isOurs = member && !notice.carried && claim && !isSettled(claim);
+  if (member && !notice.carried) work.oldProtected = member.isProtected && !isOurs;
   const [group, old] = await Promise.all([ctx.cloud.group(name), ctx.cloud.instance(instance)]);
   work.old = old;
-  // A replacement that is itself replaced is protected by us, not by its owner.
-  const ours = ctx.state.claims.get(instance);
-  if (member && !notice.carried)
-    work.oldProtected = ours && !isSettled(ours) ? (group?.protectsNew ?? false) : member.isProtected;
+  if (isOurs) work.oldProtected = group?.protectsNew ?? false;
   const fault = await judge(ctx, work, group);
   if (fault) return fault;
 
@@ -1777,7 +1813,7 @@ export type Pool = {
 };
 /** Why a pool is avoided: its instances are being taken back, or it had nothing lately. */
 type PoolMemory = (lifecycle: "spot" | "on-demand", type: string, zone: string) => "failed" | "reclaimed" | undefined;
-export type LaunchItem = { work: Work; rung: Rung; desperate: boolean; ask: string };
+export type LaunchItem = { work: Work; rung: Rung; home: boolean; desperate: boolean; ask: string };
 
 /** Which rungs a notice may climb: an on-demand member stays on-demand; without a hard deadline nothing turns on-demand. */
 export function rungsFor(spotMember: boolean, hardDeadline: boolean, fallback: boolean): Rung[] {
@@ -1804,6 +1840,8 @@ export function planLaunch(x: {
   group: Group;
   old: { type: string; zone: string; weight: number };
   rung: Rung;
+  /** Only the old one's zone, where its volume is. */
+  home?: boolean;
   alone: boolean;
   /** Try pools that failed a moment ago as well: nothing else is left to try. */
   desperate: boolean;
@@ -1811,15 +1849,16 @@ export function planLaunch(x: {
   /** One subnet a zone (a fleet cannot name two of one zone); undefined: the template names it. */
   subnets: Map<string, string | undefined>;
   templateType: string | undefined;
+  /** Whether a type can be had in a zone at all; absent: not asked. */
+  isOffered?: (type: string, zone: string) => boolean;
   memory: PoolMemory;
 }): Pool[] {
   const { group, old, rung, memory } = x;
   const template = group.template;
   if (!template) return [];
   const lifecycle = rung === "on-demand" ? "on-demand" : "spot";
-  const zones = (rung === "balanced spot" ? balancedZones(group, old.zone, x.alone) : group.zones).filter((z) =>
-    x.subnets.has(z),
-  );
+  const wanted = x.home ? [old.zone] : rung === "balanced spot" ? balancedZones(group, old.zone, x.alone) : group.zones;
+  const zones = wanted.filter((z) => x.subnets.has(z));
   const weighted = group.overrides.some((o) => o.weight !== 1) || group.desiredType !== "units";
   let offers: Override[] = group.overrides.length ? group.overrides : [{ type: x.templateType, weight: 1 }];
   if (weighted && group.desiredType === "units") {
@@ -1839,13 +1878,14 @@ export function planLaunch(x: {
       return [{ ...base, type: undefined, requirements: offer.requirements }];
     }),
   );
+  const offered = pools.filter((p) => !p.type || (x.isOffered?.(p.type, p.zone) ?? true));
   const state = (p: Pool) => (p.type ? memory(lifecycle, p.type, p.zone) : undefined);
   const without = (avoid: (p: Pool) => boolean) =>
-    pools.filter((p) => !avoid(p)).map((p) => excluding(p, old, lifecycle, memory));
+    offered.filter((p) => !avoid(p)).map((p) => excluding(p, old, lifecycle, memory));
   const fresh = without((p) => state(p) !== undefined);
   if (fresh.length || rung === "balanced spot") return fresh;
   const untried = without((p) => state(p) === "failed");
-  return untried.length || !x.desperate ? untried : pools;
+  return untried.length || !x.desperate ? untried : offered;
 }
 
 /** Attribute-based: the old one's type, which is being reclaimed in this zone, is left out by name. */
@@ -1933,9 +1973,11 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
   const { old, member, deadlineMs, options } = work;
   const spotMember = old !== undefined && (old.spot || TAG.fallback in old.tags);
   const rungs = rungsFor(spotMember, deadlineMs !== undefined, options.is_enable_od_fallback);
+  // A volume cannot leave its zone: its owner tries every rung there first.
+  const ladder = rungs.flatMap((rung) => [...(options.persistence_dev ? [{ rung, home: true }] : []), { rung, home: false }]);
   for (let pass = 0; ; pass++) {
     const desperate = pass > 0 || rungs.at(-1) !== "on-demand";
-    for (; work.rung < rungs.length; work.rung++) {
+    for (; work.rung < ladder.length; work.rung++) {
       // Before a crash, by another daemon, or under a token that came back as a mismatch.
       const claim = winner(await claimsOf(ctx, work.instance));
       if (claim) {
@@ -1944,12 +1986,12 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
       }
       // An old one that has left meanwhile needs no new replacement: its group sees to that.
       if (!old || !member) return undefined;
-      const rung = rungs[work.rung] ?? "any spot";
+      const { rung, home } = ladder[work.rung] ?? { rung: "any spot", home: false };
       // Notices that ask for the same share one call; a volume's owner shares none.
       const place = rung === "balanced spot" ? member.zone : "";
       const alone = options.persistence_dev ? work.instance : "";
-      const ask = JSON.stringify([rung, spotMember, member.weight, place, desperate, options.alt, alone]);
-      const id = await lane(ctx, work.group).launch({ work, rung, desperate, ask });
+      const ask = JSON.stringify([rung, home, spotMember, member.weight, place, desperate, options.alt, alone]);
+      const id = await lane(ctx, work.group).launch({ work, rung, home, desperate, ask });
       if (id) return id;
     }
     work.rung = 0;
@@ -2021,6 +2063,8 @@ async function planBatch(
     group,
     old: { type: old.type, zone: member.zone, weight: member.weight },
     rung: first.rung,
+    home: first.home,
+    isOffered: options.persistence_dev ? await offerings(ctx, group.zones) : undefined,
     alone: inHand.length < 2,
     desperate: first.desperate,
     alt: options.alt,
@@ -2051,6 +2095,36 @@ async function planBatch(
   };
 }
 
+/** Which types the zones offer; asked only where a zone matters, and taken as all where AWS does not say. */
+async function offerings(ctx: Ctx, zones: string[]): Promise<(type: string, zone: string) => boolean> {
+  const read = async () => {
+    const found = new Set<string>();
+    let NextToken: string | undefined;
+    do {
+      const input = {
+        LocationType: "availability-zone" as const,
+        Filters: [{ Name: "location", Values: zones }],
+        MaxResults: 1000,
+        NextToken,
+      };
+      const page = await aws(ctx, "reading what the zones offer", (o) =>
+        ctx.deps.ec2.send(new DescribeInstanceTypeOfferingsCommand(input), o),
+      );
+      for (const { InstanceType, Location } of page.InstanceTypeOfferings ?? []) found.add(`${InstanceType} ${Location}`);
+      NextToken = page.NextToken;
+    } while (NextToken);
+    return found;
+  };
+  try {
+    const found = await cached(ctx, `offerings ${zones.join()}`, read);
+    return (type, zone) => found.size === 0 || found.has(`${type} ${zone}`);
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    ctx.deps.log.warn(`${errorText(error)}: taking it that every type is there`);
+    return () => true;
+  }
+}
+
 /** A launch call that AWS answered with a refusal. */
 function refused(ctx: Ctx, { group, pools, lifecycle }: Launch, error: unknown): void {
   const name = errorName(error);
@@ -2072,6 +2146,7 @@ async function noteClaims(ctx: Ctx, { tags, count, lifecycle }: Launch, ids: str
     spot: lifecycle === "spot",
     launchedMs: cloudNow(ctx),
     tags: tagged,
+    volumes: {},
   };
   for (const id of ids) ctx.state.claims.set(id, { id, ...claim });
   if (count > 1 && ids.length) await ctx.cloud.tag(ids, order, 10_000);
@@ -2198,8 +2273,13 @@ async function cached<T>(ctx: Ctx, key: string, read: () => Promise<T>): Promise
   return value;
 }
 
-type TemplateData = { type: string | undefined; asksForSpot: boolean; namesSubnet: string | undefined };
-const noTemplate: TemplateData = { type: undefined, asksForSpot: false, namesSubnet: undefined };
+type TemplateData = {
+  type: string | undefined;
+  asksForSpot: boolean;
+  namesSubnet: string | undefined;
+  volumes: Record<string, { VolumeType?: string; VolumeSize?: number }>;
+};
+const noTemplate: TemplateData = { type: undefined, asksForSpot: false, namesSubnet: undefined, volumes: {} };
 const templateOf = (ctx: Ctx, spec: LaunchTemplateSpecification) =>
   cached(ctx, JSON.stringify(spec), () => readTemplate(ctx, spec));
 async function readTemplate(ctx: Ctx, spec: LaunchTemplateSpecification): Promise<TemplateData> {
@@ -2218,6 +2298,9 @@ async function readTemplate(ctx: Ctx, spec: LaunchTemplateSpecification): Promis
     type: data?.InstanceType,
     asksForSpot: data?.InstanceMarketOptions?.MarketType === "spot",
     namesSubnet: data?.NetworkInterfaces?.find((n) => n.SubnetId)?.SubnetId,
+    volumes: Object.fromEntries(
+      (data?.BlockDeviceMappings ?? []).flatMap((m) => (m.DeviceName && m.Ebs ? [[m.DeviceName, m.Ebs]] : [])),
+    ),
   };
 }
 
@@ -2323,6 +2406,23 @@ async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<ReturnT
   const how = howItLeft(activities ?? [], old, instance?.tags[TAG.detached] === group);
   if (activities?.some(isLeaving)) ctx.state.left.set(old, how); // that will never change
   return how;
+}
+
+/**
+ * What became of the one that a claim stands for in the end: where that was itself a claim nobody had settled yet, its
+ * own old one decides, for each attach in the chain has added one to desired.
+ */
+async function fateOf(ctx: Ctx, group: Group, old: string, depth = 0): Promise<"staying" | ReturnType<typeof howItLeft>> {
+  if (isStaying(group.members.get(old))) return "staying";
+  const how = await howOldLeft(ctx, group.name, old);
+  if (how !== "decremented" || depth > 6) return how;
+  const before = await openClaimOn(ctx, old);
+  return before ? fateOf(ctx, group, before, depth + 1) : how;
+}
+/** Whom this instance was to replace, if it is a claim of ours that was never settled. */
+async function openClaimOn(ctx: Ctx, id: string): Promise<string | undefined> {
+  const claim = ctx.state.claims.get(id) ?? (await ctx.cloud.instance(id));
+  return claim && TAG.replaces in claim.tags && !isSettled(claim) ? replacedBy(claim) : undefined;
 }
 
 async function raiseMaximum(ctx: Ctx, group: Group, units: number): Promise<void> {
@@ -2455,7 +2555,8 @@ async function guard(ctx: Ctx, work: Work, claim: string): Promise<Result> {
   for (let round = 0; round < 60; round++) {
     const group = await ctx.cloud.group(work.group);
     const member = group?.members.get(claim);
-    if (!isStaying(group?.members.get(work.instance)) || member?.isProtected) break;
+    const known = ctx.state.claims.get(claim);
+    if (!isStaying(group?.members.get(work.instance)) || member?.isProtected || (known && isSettled(known))) break;
     if (member?.lifecycleState === "InService") {
       await lane(ctx, work.group).protect(claim);
       // Whoever detached the old one meanwhile took the protection off before it was put on.
@@ -2566,23 +2667,37 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
   }
 }
 
-/** Settles a claim: scale-in may choose it again, and nobody looks at it as a claim any more. */
+/** Settles claims: scale-in may choose them again, and nobody looks at them as claims any more. */
 async function settle(ctx: Ctx, name: string, claims: { id: string; keepProtected: boolean }[]): Promise<void> {
+  const isKept = (kept: boolean) => claims.flatMap((c) => (c.keepProtected === kept ? [c.id] : []));
+  await protect(ctx, name, isKept(false), false);
+  const time = new Date(cloudNow(ctx)).toISOString();
+  for (const kept of [true, false]) {
+    const value = kept ? `${time} ${KEPT}` : time;
+    await ctx.cloud.tag(isKept(kept), { [TAG.attached]: value });
+    for (const id of isKept(kept)) {
+      const known = ctx.state.claims.get(id);
+      if (known) ctx.state.claims.set(id, { ...known, tags: { ...known.tags, [TAG.attached]: value } });
+    }
+  }
+}
+/** In `spotmax:attached`, after the time: the old one was protected from scale-in, and so its replacement stays. */
+const KEPT = "protected";
+
+/** A call that protects may arrive after the one that releases: for some minutes what is settled is released again. */
+async function release(ctx: Ctx, group: Group): Promise<void> {
+  if (group.protectsNew) return;
+  const late = [...ctx.state.claims.values()].filter((c) => {
+    const [time = "", kept] = c.tags[TAG.attached]?.split(" ") ?? [];
+    const isFresh = cloudNow(ctx) - Date.parse(time) < 180_000;
+    return isFresh && kept !== KEPT && group.members.get(c.id)?.isProtected;
+  });
   await protect(
     ctx,
-    name,
-    claims.flatMap((c) => (c.keepProtected ? [] : [c.id])),
+    group.name,
+    late.map((c) => c.id),
     false,
   );
-  const time = new Date(cloudNow(ctx)).toISOString();
-  await ctx.cloud.tag(
-    claims.map((c) => c.id),
-    { [TAG.attached]: time },
-  );
-  for (const { id } of claims) {
-    const known = ctx.state.claims.get(id);
-    if (known) ctx.state.claims.set(id, { ...known, tags: { ...known.tags, [TAG.attached]: time } });
-  }
 }
 
 /** Detaches up to 20 old instances of one group, all with or all without decrement; runs alone on the group. */
@@ -2632,8 +2747,10 @@ async function detachBatch(ctx: Ctx, name: string, items: DetachItem[]): Promise
       wanted.splice(0, wanted.length, ...wanted.filter((i) => !verdicts.has(i.old)));
     }
   }
-  const settled = ready.flatMap((i) =>
-    decrement && i.claim && verdicts.get(i.old) === "detached" && inService(i.claim)
+  // Where the old one was an unsettled claim itself, the instance manager looks at the whole chain first.
+  const chained = await Promise.all(ready.map((i) => openClaimOn(ctx, i.old)));
+  const settled = ready.flatMap((i, n) =>
+    decrement && i.claim && !chained[n] && verdicts.get(i.old) === "detached" && inService(i.claim)
       ? [{ id: i.claim, keepProtected: i.oldProtected }]
       : [],
   );
@@ -2646,8 +2763,13 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
   if (work.left) {
     work.log.info(`${instance} has left ${group} already`);
     // A crash between detach and settling: finish it here, where it is known whether the old one was protected.
-    const replacement = claim ? (await ctx.cloud.group(group))?.members.get(claim) : undefined;
-    if (claim && replacement?.lifecycleState === "InService" && (await howOldLeft(ctx, group, instance)) === "decremented")
+    const now = await ctx.cloud.group(group);
+    if (
+      now &&
+      claim &&
+      now.members.get(claim)?.lifecycleState === "InService" &&
+      (await fateOf(ctx, now, instance)) === "decremented"
+    )
       await settle(ctx, group, [{ id: claim, keepProtected: work.oldProtected }]);
     return done;
   }
@@ -2665,6 +2787,11 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
     case "left":
       return again(`${instance} has just left ${group}`, 0);
     case "refused":
+      if (work.deadlineMs === undefined) {
+        // Its owner wants as many as there are: both stay.
+        if (claim) await settle(ctx, group, [{ id: claim, keepProtected: work.oldProtected }]);
+        return skip(`the minimum of ${group} refuses the decrement: ${instance} stays beside its replacement`, "warn");
+      }
       work.refused = true;
       return again(`the minimum of ${group} refuses the decrement`);
     case "not ready":
@@ -2673,11 +2800,10 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
 }
 
 async function sendTerminationMessage(ctx: Ctx, work: Work): Promise<Result> {
-  // With a hard deadline AWS ends it; a minute later it is looked at all the same, for a rehearsal must not leave a machine running.
-  const delay =
-    work.deadlineMs === undefined
-      ? work.options.preaction_termination_delay_seconds
-      : (work.deadlineMs + 60_000 - cloudNow(ctx)) / 1000;
+  // A volume waits for the end of its instance, whose system unmounts it cleanly. Else, with a hard deadline AWS ends it; a minute later it is looked at all the same, for a rehearsal must not leave a machine running.
+  const { persistence_dev, preaction_termination_delay_seconds } = work.options;
+  const atDeadline = persistence_dev ? 0 : ((work.deadlineMs ?? 0) + 60_000 - cloudNow(ctx)) / 1000;
+  const delay = work.deadlineMs === undefined ? preaction_termination_delay_seconds : atDeadline;
   await sendFollowUp(ctx, work, "termination_evt_sqs", TERMINATION, Math.max(0, delay));
   return done;
 }
@@ -2687,7 +2813,10 @@ const BELIEVED_MS = 5 * 60_000;
 async function terminate(ctx: Ctx, work: Work): Promise<Result> {
   const { instance, group } = work;
   const [old, member] = await Promise.all([ctx.cloud.instance(instance), ctx.cloud.member(instance)]);
-  if (isGone(old)) return skip(`${instance} is ${old?.state ?? "gone"}`, "info");
+  if (isGone(old)) {
+    work.log.info(`${instance} is ${old?.state ?? "gone"}`);
+    return done;
+  }
   const isLeaving = member && judgeState(member.lifecycleState) === "leaving";
   const isMarked = old?.tags[TAG.detached] === group;
   // Describes lag: what speaks against the message is believed once it has had minutes to show.
@@ -2696,6 +2825,8 @@ async function terminate(ctx: Ctx, work: Work): Promise<Result> {
   if (member) return skip(`${instance} is a member of ${member.group}: left alone`, "info");
   if (!isMarked && isFresh) return retry(`carries no ${TAG.detached} yet`, 5);
   if (!isMarked) return skip(`${instance} carries no ${TAG.detached}=${group}: left alone`, "warn");
+  // The last chance to save its data: nothing is ended while that fails.
+  if (old && work.options.persistence_dev) await protectData(ctx, work, old);
   if (work.deadlineMs === undefined) {
     const { max_num_of_terminated_one_time: limit } = work.options;
     const room = await lane(ctx, group).exclusive(async () => {
@@ -2711,6 +2842,197 @@ async function terminate(ctx: Ctx, work: Work): Promise<Result> {
   } else await ctx.cloud.terminate([instance]);
   work.log.info(`terminated ${instance}`);
   return done;
+}
+
+// ─── Steps: volumes ──────────────────────────────────────────────────────────────────────────────────────
+// The data volume outlives its instance and goes to the replacement, at /dev/sdz. Whose it is stands in tags, so
+// that any daemon finds it at any point. A busy volume is waited for and never forced; no volume and no snapshot is
+// ever deleted.
+
+const DATA_DEVICE = "/dev/sdz";
+const VOLUME_PATIENCE_MS = 10 * 60_000;
+
+export type Volume = {
+  id: string;
+  state: string;
+  zone: string;
+  attachedTo: string | undefined;
+  tags: Record<string, string>;
+  /** What a copy in another zone must have, too. */
+  like: {
+    VolumeType: Ec2Volume["VolumeType"];
+    Size?: number;
+    Iops?: number;
+    Throughput?: number;
+    Encrypted?: boolean;
+    KmsKeyId?: string;
+  };
+};
+export function toVolume(v: Ec2Volume): Volume | undefined {
+  if (!v.VolumeId) return undefined;
+  const { VolumeType, Size, Iops, Throughput, KmsKeyId } = v;
+  // AWS shows IOPS for every type, and takes them only for these.
+  const takesIops = VolumeType === "gp3" || VolumeType === "io1" || VolumeType === "io2";
+  return {
+    id: v.VolumeId,
+    state: v.State ?? "",
+    zone: v.AvailabilityZone ?? "",
+    attachedTo: v.Attachments?.find((a) => a.State !== "detached")?.InstanceId,
+    tags: tagsOf(v.Tags),
+    like: {
+      VolumeType,
+      Size,
+      ...(takesIops && { Iops }),
+      ...(VolumeType === "gp3" && { Throughput }),
+      ...(v.Encrypted && { Encrypted: true, KmsKeyId }),
+    },
+  };
+}
+
+/**
+ * The device that holds an instance's data: what was moved to it, else the template's own; none for a replacement
+ * whose data is still on its way, for what the template made for it is empty.
+ */
+export function dataDevice(i: Ec2Instance, device: string, isOnItsWay: boolean): string | undefined {
+  if (i.volumes[DATA_DEVICE]) return DATA_DEVICE;
+  return i.volumes[device] && !isOnItsWay ? device : undefined;
+}
+
+/** Whether data of an earlier instance is yet to come to this one. */
+async function isDataOnItsWay(ctx: Ctx, i: Ec2Instance, depth = 0): Promise<boolean> {
+  const before = replacedBy(i);
+  if (!before || depth > 5) return false;
+  if ((await ctx.cloud.volumesOf(before))?.length) return true;
+  const earlier = await ctx.cloud.instance(before);
+  return earlier !== undefined && isDataOnItsWay(ctx, earlier, depth + 1);
+}
+
+/** Keeps the data volume beyond its instance and writes down whose it is. */
+async function protectData(ctx: Ctx, work: Work, i: Ec2Instance): Promise<void> {
+  const device = dataDevice(i, work.options.persistence_dev ?? "", await isDataOnItsWay(ctx, i));
+  const volume = device ? i.volumes[device] : undefined;
+  if (!device || !volume) return;
+  if (volume.ends) {
+    const input = {
+      InstanceId: i.id,
+      BlockDeviceMappings: [{ DeviceName: device, Ebs: { VolumeId: volume.id, DeleteOnTermination: false } }],
+    };
+    await aws(ctx, `keeping ${volume.id} beyond ${i.id}`, (o) => ctx.deps.ec2.send(new ModifyInstanceAttributeCommand(input), o));
+    work.log.info(`${volume.id} at ${device} stays when ${i.id} goes`, { volume: volume.id });
+  }
+  await ctx.cloud.tag([volume.id], { [TAG.group]: work.group, [TAG.volume]: i.id });
+}
+
+async function protectVolume(ctx: Ctx, work: Work): Promise<Result> {
+  const old = await ctx.cloud.instance(work.instance);
+  try {
+    if (old && !isGone(old)) await protectData(ctx, work, old);
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    // Capacity comes first, and there is another try on each way; nothing of ours ends the instance before one worked.
+    work.log.error(`${errorText(error)}; its data is at risk`, { error: errorName(error) });
+  }
+  return done;
+}
+
+/** Who gets an instance's data: the last living claim in the chain, passing by those that are on their own way out. */
+async function heir(ctx: Ctx, old: string, depth = 0): Promise<Ec2Instance | undefined> {
+  const claims = await claimsOf(ctx, old);
+  const staying = winner(claims.filter((c) => !(TAG.detached in c.tags)));
+  if (staying) return staying;
+  for (const c of depth < 6 ? claims : []) {
+    const next = await heir(ctx, c.id, depth + 1);
+    if (next) return next;
+  }
+  return undefined;
+}
+
+const attachCommand = (volume: string, instance: string) =>
+  `aws ec2 attach-volume --volume-id ${volume} --instance-id ${instance} --device ${DATA_DEVICE}`;
+
+async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
+  const [source] = (await ctx.cloud.volumesOf(work.instance)) ?? [];
+  if (!source) return skip(`no volume of ${work.instance} waits to be moved`, "info");
+  const log = work.log.with({ volume: source.id });
+  const isPatient = cloudNow(ctx) - (work.notice.timeMs ?? 0) < VOLUME_PATIENCE_MS;
+  const target = await heir(ctx, work.instance);
+  const member = target && (await ctx.cloud.member(target.id));
+  if (!target || member?.lifecycleState !== "InService") {
+    if (isPatient || target) return retry(`${source.id} waits for a replacement in service`, 10);
+    log.error(
+      `no replacement for ${work.instance}: its data volume ${source.id} in ${source.zone} stays available; to attach it: ${attachCommand(source.id, "INSTANCE")}`,
+    );
+    return done;
+  }
+  if (target.volumes[DATA_DEVICE]) return own(ctx, work, target, target.volumes[DATA_DEVICE].id);
+  if (source.attachedTo === target.id) return retry(`${source.id} is being attached`, 2);
+  if (source.state !== "available") {
+    // A volume that stays busy may be mounted still: forcing it off would risk the data.
+    if (!isPatient)
+      log.warn(
+        `${source.id} is still ${source.state}${source.attachedTo ? ` at ${source.attachedTo}` : ""}: waiting on, never forced`,
+      );
+    return retry(`${source.id} is ${source.state}`, isPatient ? 3 : 60);
+  }
+  const volume = source.zone === target.zone ? source : await copyTo(ctx, work, source, target);
+  if ("is" in volume) return volume;
+  if (volume.state !== "available") return retry(`${volume.id} is ${volume.state}`, 3);
+  const input = { VolumeId: volume.id, InstanceId: target.id, Device: DATA_DEVICE };
+  try {
+    // Not idempotent: what a lost answer did is seen in the next look at both.
+    await aws(ctx, `attaching ${volume.id} to ${target.id}`, (o) => ctx.deps.ec2.send(new AttachVolumeCommand(input), o), {
+      tries: 1,
+    });
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    if (!isPatient)
+      log.error(`${errorText(error)}; trying on. By hand: ${attachCommand(volume.id, target.id)}`, { error: errorName(error) });
+    return retry(errorText(error), isPatient ? 3 : 60);
+  }
+  log.info(`attached ${volume.id} to ${target.id} as ${DATA_DEVICE}`, { replacement: target.id });
+  return own(ctx, work, target, volume.id);
+}
+
+/** Writes down whose data a volume is, the instance's own tag first: its guest waits for that. */
+async function own(ctx: Ctx, work: Work, target: Ec2Instance, volume: string): Promise<Result> {
+  await ctx.cloud.tag([target.id], { [TAG.volume]: volume });
+  await ctx.cloud.tag([volume], { [TAG.group]: work.group, [TAG.volume]: target.id });
+  return done;
+}
+
+/** The copy of a volume in the target's zone, by way of a snapshot; a Result while that is under way. */
+async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance): Promise<Volume | Result> {
+  const [copy] = (await ctx.cloud.volumesOf(target.id)) ?? [];
+  if (copy) return copy;
+  const mine = Object.entries(source.tags).flatMap(([Key, Value]) => (/^(aws|spotmax):/.test(Key) ? [] : [{ Key, Value }]));
+  const tags = (owner: string) => [...mine, { Key: TAG.group, Value: work.group }, { Key: TAG.volume, Value: owner }];
+  const Filters = [{ Name: `tag:${TAG.volume}`, Values: [source.id] }];
+  const { Snapshots = [] } = await aws(ctx, `looking for a snapshot of ${source.id}`, (o) =>
+    ctx.deps.ec2.send(new DescribeSnapshotsCommand({ OwnerIds: ["self"], Filters }), o),
+  );
+  const [snapshot] = Snapshots.filter((s) => s.State !== "error").sort(
+    (a, b) => (b.StartTime?.getTime() ?? 0) - (a.StartTime?.getTime() ?? 0),
+  );
+  if (!snapshot?.SnapshotId) {
+    const TagSpecifications = [{ ResourceType: "snapshot" as const, Tags: tags(source.id) }];
+    const input = { VolumeId: source.id, Description: `max_group: ${work.group}, from ${work.instance}`, TagSpecifications };
+    const made = await aws(ctx, `copying ${source.id}`, (o) => ctx.deps.ec2.send(new CreateSnapshotCommand(input), o), {
+      tries: 1,
+    });
+    work.log.warn(
+      `${source.id} cannot leave ${source.zone}: snapshot ${made.SnapshotId} is made for a copy in ${target.zone}; both stay and cost money until you delete them`,
+    );
+    return retry("the snapshot has begun", 15);
+  }
+  if (snapshot.State !== "completed")
+    return retry(`snapshot ${snapshot.SnapshotId} is ${snapshot.Progress || snapshot.State}`, 15);
+  const TagSpecifications = [{ ResourceType: "volume" as const, Tags: tags(target.id) }];
+  const input = { ...source.like, AvailabilityZone: target.zone, SnapshotId: snapshot.SnapshotId, TagSpecifications };
+  const ClientToken = tokenOf(input, target.id);
+  await aws(ctx, `making a volume from ${snapshot.SnapshotId}`, (o) =>
+    ctx.deps.ec2.send(new CreateVolumeCommand({ ...input, ClientToken }), o),
+  );
+  return retry("the copy is being made", 3);
 }
 
 // ─── Instance manager ────────────────────────────────────────────────────────────────────────────────────
@@ -2765,7 +3087,10 @@ export async function managerPass(ctx: Ctx): Promise<boolean> {
   const groups = (await Promise.all([...names].map((name) => ctx.cloud.group(name)))).flatMap((g) => g ?? []);
   for (const name of state.restoring.keys()) if (!groups.some((g) => g.name === name)) state.restoring.delete(name);
   let raised = false;
-  for (const g of groups) raised = (await restoreMaximum(ctx, g, open)) || raised;
+  for (const g of groups) {
+    await release(ctx, g);
+    raised = (await restoreMaximum(ctx, g, open)) || raised;
+  }
   forget(ctx, open);
   return open.length > 0 || raised;
 }
@@ -2817,6 +3142,12 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
   const groups = new Map(
     await Promise.all([...new Set(open.map(nameOf))].map(async (name) => [name, await ctx.cloud.group(name)] as const)),
   );
+  const fates = await Promise.all(
+    open.map((claim, n) => {
+      const [old, group] = [replacedBy(claim), groups.get(nameOf(claim, n))];
+      return old && group ? fateOf(ctx, group, old) : "unknown";
+    }),
+  );
   const rivals = Map.groupBy(ctx.state.claims.values(), (c) => replacedBy(c) ?? c.id);
   const ended = new Set<string>(); // one surplus at a time and group, each judged on fresh numbers
   for (const [n, claim] of open.entries()) {
@@ -2839,7 +3170,7 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       member,
       outsideMs: nowMs - (ctx.state.outsideSince.get(claim.id) ?? nowMs),
       ageMs: cloudNow(ctx) - claim.launchedMs,
-      old: stays ? "staying" : old && group ? await howOldLeft(ctx, name, old) : "unknown",
+      old: fates[n] ?? "unknown",
       watchedMs: nowMs - (ctx.state.actedMs.get(watch) ?? nowMs),
       membersInService: inService.reduce((sum, m) => sum + m.weight, 0),
       desired: group?.desired ?? 0,
@@ -2897,6 +3228,10 @@ async function actOnClaim(
     log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
   } else if (!ended.has(name)) {
     ended.add(name);
+    const data = claim.volumes[DATA_DEVICE];
+    if (data?.ends)
+      return log.error(`${claim.id} is one too many, but ${data.id} at ${DATA_DEVICE} would go with it: left alone`);
+    if (data) log.warn(`${data.id} stays available when ${claim.id} goes; to attach it: ${attachCommand(data.id, "INSTANCE")}`);
     const input = { InstanceId: claim.id, ShouldDecrementDesiredCapacity: true };
     const end = () =>
       aws(ctx, `ending the surplus ${claim.id}`, (o) =>
@@ -3022,6 +3357,7 @@ async function warnings(ctx: Ctx, group: Group, options: GroupOptions, log: Log)
     log.warn(`the Launch process of ${name} is suspended: nothing can be attached until it is resumed`);
   if (group.healthCheck.type.includes("ELB") && !group.healthCheck.graceSeconds)
     log.warn(`${name} uses load-balancer health checks without a grace period: new members may be ended before they answer`);
+  if (options.persistence_dev) await volumeWarnings(ctx, group, options.persistence_dev, log);
   const { LifecycleHooks = [] } = await aws(ctx, `reading the lifecycle hooks of ${name}`, (o) =>
     ctx.deps.autoScaling.send(new DescribeLifecycleHooksCommand({ AutoScalingGroupName: name }), o),
   );
@@ -3029,6 +3365,32 @@ async function warnings(ctx: Ctx, group: Group, options: GroupOptions, log: Log)
     log.warn(
       `${name} has lifecycle hooks (${LifecycleHooks.map((h) => h.LifecycleHookName).join(", ")}): AWS runs them for neither attach nor detach`,
     );
+}
+
+/** GiB, smallest and largest, by type. */
+const VOLUME_SIZES: Record<string, [number, number]> = {
+  gp2: [1, 16_384],
+  gp3: [1, 65_536],
+  io1: [4, 16_384],
+  io2: [4, 65_536],
+  st1: [125, 16_384],
+  sc1: [125, 16_384],
+  standard: [1, 1024],
+};
+
+async function volumeWarnings(ctx: Ctx, group: Group, device: string, log: Log): Promise<void> {
+  log.info("Has persistence volume.");
+  const members = await Promise.all([...group.members.keys()].map((id) => ctx.cloud.instance(id)));
+  const without = members.flatMap((i) => (i && isLiving(i) && !i.volumes[device] && !i.volumes[DATA_DEVICE] ? [i.id] : []));
+  if (without.length)
+    log.warn(
+      `no volume at ${device} on ${without.slice(0, 5).join(" ")}${without.length > 5 ? " ..." : ""}: nothing to move when they go; persistence_dev must be the name in the template or image`,
+    );
+  const { volumes } = await templateOf(ctx, group.template ?? {});
+  const { VolumeType = "gp3", VolumeSize } = volumes[device] ?? {};
+  const [least, most] = VOLUME_SIZES[VolumeType] ?? [1, 65_536];
+  if (VolumeSize !== undefined && (VolumeSize < least || VolumeSize > most))
+    log.warn(`the template's ${device} is ${VolumeSize} GiB of ${VolumeType}, which takes ${least} to ${most}`);
 }
 
 /** Every queue is there and has a dead-letter queue; throws with one clear line where one cannot be read. */

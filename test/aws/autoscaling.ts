@@ -23,6 +23,7 @@ import type {
 } from "@aws-sdk/client-auto-scaling";
 import type { InstanceRequirementsRequest, ResponseLaunchTemplateData } from "@aws-sdk/client-ec2";
 import { AwsError, page, wildcard } from "./basics.ts";
+import { mappingsOf } from "./ebs.ts";
 import { type Instance, type Lifecycle, matchingTypes, mergeTags, type Subnet } from "./ec2.ts";
 import { type CapacitySample, type GroupSpec, type Handlers, isoSeconds, type World } from "./world.ts";
 
@@ -783,7 +784,7 @@ export class AutoScaling {
         .sort((a, b) => (a.pool.capacity === b.pool.capacity ? a.pool.price - b.pool.price : b.pool.capacity - a.pool.capacity));
       for (const { type, weight, data, pool } of choices) {
         const imageId = data.ImageId ?? "";
-        const refusal = this.#world.ec2.refusal(pool, subnet, imageId);
+        const refusal = this.#world.ec2.refusal(pool, subnet, imageId, data.BlockDeviceMappings);
         if (refusal) {
           failure = refusal;
           continue;
@@ -794,6 +795,8 @@ export class AutoScaling {
           lifecycle,
           imageId,
           tags: mergeTags(data.TagSpecifications, undefined, "instance"),
+          volumeTags: mergeTags(data.TagSpecifications, undefined, "volume"),
+          blockDevices: data.BlockDeviceMappings,
         });
         const member = this.#join(group, instance, weight, true);
         cause += `${units + weight}.`;
@@ -912,6 +915,7 @@ export class AutoScaling {
     const data: ResponseLaunchTemplateData = {
       ImageId: "ami-0123456789abcdef0",
       ...((plain || spec.launchConfiguration) && { InstanceType: types[0] as never }),
+      ...(spec.volumes && { BlockDeviceMappings: mappingsOf(spec.volumes) }),
       ...spec.template,
     };
     const template = ec2.createTemplate(`${spec.name}-template`, data);
@@ -963,6 +967,8 @@ export class AutoScaling {
         lifecycle: this.#nextLifecycle(group),
         imageId: choice.data.ImageId ?? "",
         tags: mergeTags(choice.data.TagSpecifications, undefined, "instance"),
+        volumeTags: mergeTags(choice.data.TagSpecifications, undefined, "volume"),
+        blockDevices: choice.data.BlockDeviceMappings,
         atOnce: true,
         ageMs: 1000 * (spec.ageSeconds ?? 86_400),
       });

@@ -20,6 +20,7 @@ import type {
 } from "@aws-sdk/client-ec2";
 import { AwsError, page, wildcard } from "./basics.ts";
 import { INSTANCE_TYPES, type InstanceTypeFacts } from "./catalogue.ts";
+import { type Content, type DeviceMapping, Ebs, mergeDevices, ROOT_DEVICE, type Volume } from "./ebs.ts";
 import { type Handlers, isoSeconds, type World } from "./world.ts";
 
 export type Lifecycle = "spot" | "on-demand";
@@ -56,6 +57,7 @@ export interface Instance extends Visible {
   group: string | undefined;
   reservationId: string;
   clientToken: string | undefined;
+  /** Of its root. */
   volumeId: string;
   /** The pool gets nothing back from an instance that AWS took for itself. */
   reclaimed: boolean;
@@ -97,6 +99,8 @@ export interface LaunchSpec {
   imageId: string;
   tags: Iterable<[string, string]>;
   volumeTags?: Iterable<[string, string]>;
+  /** Beside the root, or what the root is to be. */
+  blockDevices?: DeviceMapping[];
   clientToken?: string;
   reservationId?: string;
   /** Running from the start, and taken from no pool: the past of a scenario. */
@@ -133,7 +137,7 @@ export class Ec2 {
   readonly instances = new Map<string, Instance>();
   readonly subnets = new Map<string, Subnet>();
   readonly templates = new Map<string, LaunchTemplate>();
-  readonly volumes = new Map<string, Map<string, string>>();
+  readonly ebs: Ebs;
   /** Images that exist no more: their instances cannot be attached, nor launched. */
   readonly missingImages = new Set<string>();
   /** "TYPE/ZONE" that EC2 does not offer. */
@@ -150,6 +154,8 @@ export class Ec2 {
   constructor(world: World) {
     this.#world = world;
     this.#vpcId = `vpc-${world.random.hex(17)}`;
+    this.ebs = new Ebs(world, this);
+    Object.assign(this.operations, this.ebs.operations);
   }
 
   readonly operations: Handlers = {
@@ -199,7 +205,7 @@ export class Ec2 {
     TerminateInstances: (input: TerminateInstancesRequest) => {
       const ids = [...new Set(input.InstanceIds ?? [])];
       if (ids.length === 0) throw missing("InstanceId");
-      const instances = this.#known(ids, this.#world.viewMs());
+      const instances = this.known(ids, this.#world.viewMs());
       dryRun(input.DryRun);
       return {
         TerminatingInstances: instances.map((instance) => {
@@ -391,7 +397,7 @@ export class Ec2 {
   }
 
   /** Why a launch from this pool must fail now, or undefined. */
-  refusal(pool: Pool, subnet: Subnet, imageId: string): AwsError | undefined {
+  refusal(pool: Pool, subnet: Subnet, imageId: string, blockDevices?: DeviceMapping[]): AwsError | undefined {
     const fail = (code: string) =>
       new AwsError(code, MESSAGES[code]?.(pool) ?? code, code.startsWith("Insufficient") ? 500 : 400);
     if (this.missingImages.has(imageId))
@@ -404,7 +410,7 @@ export class Ec2 {
         "InsufficientFreeAddressesInSubnet",
         `There are not enough free addresses in subnet '${subnet.id}' to satisfy the requested number of instances.`,
       );
-    return undefined;
+    return this.ebs.refusal(blockDevices);
   }
 
   /** One instance, from its pool (the caller has asked `refusal`). */
@@ -414,7 +420,6 @@ export class Ec2 {
     const privateIp = this.#address();
     const domain = world.region === "us-east-1" ? "ec2.internal" : `${world.region}.compute.internal`;
     const volumeId = `vol-0${world.random.hex(16)}`;
-    this.volumes.set(volumeId, new Map(spec.volumeTags ?? []));
     const instance: Instance = {
       id: `i-0${world.random.hex(16)}`,
       type,
@@ -439,12 +444,17 @@ export class Ec2 {
     };
     this.instances.set(instance.id, instance);
     subnet.freeAddresses--;
-    if (spec.atOnce) return instance;
+    const addVolumes = () => this.ebs.launched(instance, spec.blockDevices, spec.volumeTags ?? []);
+    if (spec.atOnce) {
+      addVolumes();
+      return instance;
+    }
     this.pool(lifecycle, type, subnet.zone).capacity--;
     world.record("launch", [instance.id], undefined, `${lifecycle} ${type} ${subnet.zone}`);
+    addVolumes();
     world.after(world.random.between(world.delays.pendingMs), () => {
       if (instance.state !== "pending") return;
-      const reason = this.dieWhilePending?.(instance);
+      const reason = this.dieWhilePending?.(instance) ?? this.ebs.launchFailure(instance);
       if (reason) {
         this.#change(instance, "terminated", reason, reason.Code);
         return;
@@ -481,6 +491,20 @@ export class Ec2 {
     this.#world.after(this.#world.random.between(this.#world.delays.shuttingDownMs), () => {
       if (instance.state === "stopping") this.#change(instance, "stopped", reason, instance.transitionReason);
     });
+  }
+
+  get volumes(): ReadonlyMap<string, Volume> {
+    return this.ebs.volumes;
+  }
+
+  /** What a volume or snapshot holds: for asking whether the data survived. */
+  dataOf(id: string): Content {
+    return this.ebs.dataOf(id);
+  }
+
+  /** The guest (or the scenario) writes something onto a volume. */
+  write(volumeId: string, text: string): void {
+    this.ebs.write(volumeId, text);
   }
 
   snapshot(): object {
@@ -522,6 +546,7 @@ export class Ec2 {
       if (!instance.reclaimed) this.pool(instance.lifecycle, instance.type, instance.zone).capacity++;
     }
     this.#world.record(state, [instance.id], instance.group, stateReason?.Code);
+    this.ebs.instanceChanged(instance);
     if (state !== "running" && state !== "pending") this.#world.elbv2.instanceGone(instance.id);
     this.#world.autoscaling.instanceChanged(instance);
   }
@@ -553,7 +578,7 @@ export class Ec2 {
   }
 
   /** The instances of these IDs, or AWS's refusal of the whole call. */
-  #known(ids: string[], viewMs: number): Instance[] {
+  known(ids: string[], viewMs: number): Instance[] {
     for (const id of ids) if (!INSTANCE_ID.test(id)) throw new AwsError("InvalidInstanceID.Malformed", `Invalid id: "${id}"`);
     const found: Instance[] = [];
     const absent: string[] = [];
@@ -598,10 +623,11 @@ export class Ec2 {
         "reservation-id": (instance) => instance.reservationId,
         "tag-key": (instance) => [...viewed(instance).tags.keys()],
         "tag-value": (instance) => [...viewed(instance).tags.values()],
+        ...this.ebs.instanceFacts(viewMs),
       },
       (instance) => viewed(instance).tags,
     );
-    const candidates = ids.length > 0 ? this.#known([...new Set(ids)], viewMs) : [...this.instances.values()];
+    const candidates = ids.length > 0 ? this.known([...new Set(ids)], viewMs) : [...this.instances.values()];
     dryRun(input.DryRun);
     const found = candidates.filter((instance) => this.view(instance, viewMs) && matches(instance));
     const { items, next } = page(found, size ?? 1000, input.NextToken, badToken);
@@ -631,7 +657,7 @@ export class Ec2 {
       LaunchTime: new Date(Math.floor(instance.launchedAtMs / 1000) * 1000),
       Placement: { AvailabilityZone: instance.zone, GroupName: "", Tenancy: "default" },
       Architecture: INSTANCE_TYPES.get(instance.type)?.architecture ?? "x86_64",
-      RootDeviceName: "/dev/xvda",
+      RootDeviceName: ROOT_DEVICE,
       RootDeviceType: "ebs",
       // AWS no longer shows an address, subnet or volume of a terminated instance.
       PrivateDnsName: gone ? "" : instance.privateDns,
@@ -640,14 +666,7 @@ export class Ec2 {
         SubnetId: instance.subnet.id,
         VpcId: instance.subnet.vpcId,
       }),
-      BlockDeviceMappings: gone
-        ? []
-        : [
-            {
-              DeviceName: "/dev/xvda",
-              Ebs: { VolumeId: instance.volumeId, Status: "attached", DeleteOnTermination: true },
-            },
-          ],
+      BlockDeviceMappings: gone ? [] : this.ebs.mappings(instance, viewMs),
       ...(instance.clientToken && { ClientToken: instance.clientToken }),
       Tags: [...view.tags].map(([Key, Value]) => ({ Key, Value })),
     };
@@ -657,24 +676,23 @@ export class Ec2 {
     const viewMs = this.#world.viewMs();
     if (!ids || ids.length === 0) throw missing("ResourceId");
     if (ids.length > 1000) throw invalidValue(ids.length, "ResourceId");
-    const instances = this.#known(
+    const instances = this.known(
       ids.filter((id) => id.startsWith("i-")),
       viewMs,
     );
     return ids.map((id) => {
       const instance = instances.find((known) => known.id === id);
       if (instance) return { id, tags: instance.tags, touch: () => this.touch(instance) };
-      if (!id.startsWith("vol-")) throw new AwsError("InvalidID", `The ID '${id}' is not valid`);
-      const tags = this.volumes.get(id);
-      if (!tags) throw new AwsError("InvalidVolume.NotFound", `The volume '${id}' does not exist.`);
-      return { id, tags, touch: () => undefined };
+      const resource = this.ebs.taggable(id, viewMs);
+      if (!resource) throw new AwsError("InvalidID", `The ID '${id}' is not valid`);
+      return resource;
     });
   }
 
   // --- Launching -------------------------------------------------------------------------------------------------
 
   /** The same answer for the same request under one token, a refusal for another request under it. */
-  #idempotent(scope: string, token: string | undefined, request: object, perform: () => () => object): object {
+  idempotent(scope: string, token: string | undefined, request: object, perform: () => () => object): object {
     if (token === undefined || token === "") return perform()();
     // biome-ignore lint/suspicious/noControlCharactersInRegex: ASCII is the rule
     if (token.length > 64 || !/^[\x00-\x7f]*$/.test(token))
@@ -730,11 +748,12 @@ export class Ec2 {
     checkSpotRequestTags(specifications, lifecycle);
     const tags = mergeTags(data.TagSpecifications, input.TagSpecifications, "instance");
     const volumeTags = mergeTags(data.TagSpecifications, input.TagSpecifications, "volume");
+    const blockDevices = mergeDevices(data.BlockDeviceMappings, input.BlockDeviceMappings);
     dryRun(input.DryRun);
     // Idempotent within one zone only: the same token in another zone launches again.
-    return this.#idempotent(`RunInstances ${subnet.zone} `, input.ClientToken, input, () => {
+    return this.idempotent(`RunInstances ${subnet.zone} `, input.ClientToken, input, () => {
       const pool = this.pool(lifecycle, type, subnet.zone);
-      const refusal = this.refusal(pool, subnet, imageId);
+      const refusal = this.refusal(pool, subnet, imageId, blockDevices);
       if (refusal) throw refusal;
       const count = Math.min(most, pool.capacity, subnet.freeAddresses);
       if (count < least)
@@ -748,6 +767,7 @@ export class Ec2 {
           imageId,
           tags,
           volumeTags,
+          blockDevices,
           clientToken: input.ClientToken,
           reservationId,
         }),
@@ -756,7 +776,8 @@ export class Ec2 {
         ReservationId: reservationId,
         OwnerId: this.#world.account,
         Groups: [],
-        Instances: instances.map((instance) => this.#describe(instance, this.#world.now())),
+        // The volumes are not attached yet: AWS's answer names none.
+        Instances: instances.map((instance) => ({ ...this.#describe(instance, this.#world.now()), BlockDeviceMappings: [] })),
       });
     });
   }
@@ -769,7 +790,7 @@ export class Ec2 {
   #createFleet(input: CreateFleetRequest): object {
     const plan = this.#planFleet(input);
     dryRun(input.DryRun);
-    return this.#idempotent("CreateFleet ", input.ClientToken, input, () => {
+    return this.idempotent("CreateFleet ", input.ClientToken, input, () => {
       const answer = this.#fulfil(plan, input);
       return () => structuredClone(answer);
     });
@@ -956,6 +977,7 @@ export class Ec2 {
             imageId: option.override.ImageId ?? option.data.ImageId ?? "",
             tags: [...tags, ["aws:ec2:fleet-id", fleetId]],
             volumeTags: mergeTags(option.data.TagSpecifications, input.TagSpecifications, "volume"),
+            blockDevices: mergeDevices(option.data.BlockDeviceMappings, option.override.BlockDeviceMappings),
             clientToken: input.ClientToken,
           }),
         );
@@ -998,7 +1020,7 @@ export class Ec2 {
         "SpotMaxPriceTooLow",
         `Your Spot request price of ${option.maxPrice} is lower than the minimum required Spot request fulfillment price of ${pool.price}.`,
       );
-    return this.refusal(pool, subnet, imageId);
+    return this.refusal(pool, subnet, imageId, mergeDevices(data.BlockDeviceMappings, override.BlockDeviceMappings));
   }
 
   /** The order in which a strategy tries the pools; ties go by price, then by place in the request. */
@@ -1062,21 +1084,21 @@ function stateOf(state: StateName): { Code: number; Name: StateName } {
   return { Code: STATE_CODES[state], Name: state };
 }
 
-function missing(parameter: string): AwsError {
+export function missing(parameter: string): AwsError {
   return new AwsError("MissingParameter", `The request must contain the parameter ${parameter}`);
 }
 
-function invalidValue(value: unknown, parameter: string): AwsError {
+export function invalidValue(value: unknown, parameter: string): AwsError {
   return new AwsError("InvalidParameterValue", `Value (${String(value)}) for parameter ${parameter} is invalid.`);
 }
 
-function notTogether(one: string, other: string): AwsError {
+export function notTogether(one: string, other: string): AwsError {
   return new AwsError("InvalidParameterCombination", `The parameter ${one} cannot be used with the parameter ${other}`);
 }
 
-const badToken = () => new AwsError("InvalidParameterValue", "Unable to parse pagination token");
+export const badToken = () => new AwsError("InvalidParameterValue", "Unable to parse pagination token");
 
-function maxResults(value: number | undefined, most = 1000): number | undefined {
+export function maxResults(value: number | undefined, most = 1000): number | undefined {
   if (value === undefined) return undefined;
   if (value < 5)
     throw new AwsError(
@@ -1091,7 +1113,7 @@ function maxResults(value: number | undefined, most = 1000): number | undefined 
   return value;
 }
 
-function dryRun(asked: boolean | undefined): void {
+export function dryRun(asked: boolean | undefined): void {
   if (asked) throw new AwsError("DryRunOperation", "Request would have succeeded, but DryRun flag is set.", 412);
 }
 
@@ -1150,10 +1172,10 @@ export function mergeTags(
   return [...merged];
 }
 
-type Facts<T> = Record<string, (item: T) => string | string[]>;
+export type Facts<T> = Record<string, (item: T) => string | string[]>;
 
 /** A test of the filters: all must match, each by any of its values. */
-function filter<T>(
+export function filter<T>(
   filters: Filter[] | undefined,
   facts: Facts<T>,
   tagsOf?: (item: T) => Map<string, string>,

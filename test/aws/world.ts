@@ -5,6 +5,7 @@ import type { ResponseLaunchTemplateData } from "@aws-sdk/client-ec2";
 import { AutoScaling } from "./autoscaling.ts";
 import { AwsError, faultError, operationSchema, parse, Random, type Range, type Service } from "./basics.ts";
 import type { Clock } from "./clock.ts";
+import { mappingsOf, type VolumeSpec } from "./ebs.ts";
 import { Ec2, type Instance, type Pool } from "./ec2.ts";
 import { Elbv2 } from "./elbv2.ts";
 import { S3 } from "./s3.ts";
@@ -36,6 +37,16 @@ export interface Delays {
   healthyMs: Range;
   /** Deregistration delay of target groups. */
   drainMs: number;
+  /** CreateVolume to `available`. */
+  volumeCreatingMs: Range;
+  volumeAttachingMs: Range;
+  /** DetachVolume to `available`, or to `busy` where the guest has the volume mounted. */
+  volumeDetachingMs: Range;
+  /** From an instance's `terminated` until a volume that outlives it is `available`. */
+  volumeReleaseMs: Range;
+  volumeDeletingMs: Range;
+  /** CreateSnapshot to `completed`. */
+  snapshotMs: Range;
   /** EC2's and Auto Scaling's describes may show a state up to this old. 0: always the present. */
   staleMs: number;
 }
@@ -124,6 +135,8 @@ export interface GroupSpec {
   protected?: boolean;
   /** Propagated to instances at launch. */
   tags?: Record<string, string>;
+  /** Of its launch template, beside the root; `template` may say the same in AWS's words. */
+  volumes?: VolumeSpec[];
   template?: ResponseLaunchTemplateData;
   /** The group follows this; default "$Default". */
   templateVersion?: string;
@@ -164,6 +177,12 @@ const DEFAULT_DELAYS: Delays = {
   rebalanceMs: 60_000,
   healthyMs: [5_000, 15_000],
   drainMs: 30_000,
+  volumeCreatingMs: [1_000, 3_000],
+  volumeAttachingMs: [1_000, 4_000],
+  volumeDetachingMs: [1_000, 5_000],
+  volumeReleaseMs: [1_000, 10_000],
+  volumeDeletingMs: [1_000, 3_000],
+  snapshotMs: [30_000, 120_000],
   staleMs: 0,
 };
 
@@ -178,6 +197,8 @@ const BUCKETS = {
   "ec2:CreateTags": [100, 10],
   autoscaling: [100, 10],
   elbv2: [40, 10],
+  "ec2:CreateSnapshot": [100, 5],
+  "ec2:CreateVolume": [100, 5],
 } satisfies Record<string, [number, number]>;
 
 type BucketName = keyof typeof BUCKETS;
@@ -299,7 +320,7 @@ export class World {
     }
     let granted: boolean;
     if (operation === "RunInstances") granted = take("ec2:RunInstances") && take("ec2:instances", Number(input.MaxCount ?? 1));
-    else if (operation === "TerminateInstances" || operation === "CreateTags") granted = take(`ec2:${operation}`);
+    else if (`ec2:${operation}` in BUCKETS) granted = take(`ec2:${operation}` as BucketName);
     else if (/^(Describe|Get)/.test(operation)) {
       const narrowed = Object.entries(input).some(([key, value]) =>
         Array.isArray(value) ? value.length > 0 : key === "MaxResults" || key === "NextToken",
@@ -377,6 +398,7 @@ export class World {
     zone?: string;
     lifecycle?: "spot" | "on-demand";
     tags?: Record<string, string>;
+    volumes?: VolumeSpec[];
     ageSeconds?: number;
   }): Instance {
     const zone = spec.zone ?? `${this.region}a`;
@@ -386,6 +408,7 @@ export class World {
       lifecycle: spec.lifecycle ?? "spot",
       imageId: "ami-0123456789abcdef0",
       tags: Object.entries(spec.tags ?? {}),
+      blockDevices: mappingsOf(spec.volumes ?? []),
       atOnce: true,
       ageMs: 1000 * (spec.ageSeconds ?? 86_400),
     });
@@ -492,6 +515,7 @@ export class World {
       atMs: this.now(),
       groups: this.autoscaling.snapshot(),
       instances: this.ec2.snapshot(),
+      ebs: this.ec2.ebs.snapshot(),
       targets: this.elbv2.snapshot(),
       queues: this.sqs.snapshot(),
     };

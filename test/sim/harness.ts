@@ -259,5 +259,6 @@ function plain(i: Instance): Ec2Instance {
     spot: i.lifecycle === "spot",
     launchedMs: i.launchedAtMs,
     tags: Object.fromEntries(i.tags),
+    volumes: {},
   };
 }

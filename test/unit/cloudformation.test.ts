@@ -40,14 +40,24 @@ const roleStatements: Statement[] = resource("Role").Policies.flatMap(
 const allowed = roleStatements.filter(({ Effect }) => Effect === "Allow");
 const statementsFor = (action: string) => allowed.filter((entry) => list(entry.Action).includes(action));
 
+/** For each statement that allows an action: the kinds of resources, and the tag that limits it. */
+const limits = (action: string) =>
+  statementsFor(action).map(({ Resource, Condition }) => {
+    const kinds = list(Resource ?? []).map((arn) => /:([\w*]+)\/\*$/.exec(arn)?.[1] ?? arn);
+    return `${kinds.join(" ")} ${Object.keys(Condition?.StringLike ?? {}).join()}`;
+  });
+
 const describeActions = [
   "autoscaling:DescribeAutoScalingGroups",
   "autoscaling:DescribeAutoScalingInstances",
   "autoscaling:DescribeLifecycleHooks",
   "autoscaling:DescribeScalingActivities",
   "ec2:DescribeInstances",
+  "ec2:DescribeInstanceTypeOfferings",
   "ec2:DescribeLaunchTemplateVersions",
+  "ec2:DescribeSnapshots",
   "ec2:DescribeSubnets",
+  "ec2:DescribeVolumes",
   "elasticloadbalancing:DescribeTargetHealth",
 ];
 /** These act on "*", limited by a condition. */
@@ -60,7 +70,11 @@ const limitedActions = [
   "autoscaling:SetInstanceProtection",
   "autoscaling:TerminateInstanceInAutoScalingGroup",
   "autoscaling:UpdateAutoScalingGroup",
+  "ec2:AttachVolume",
+  "ec2:CreateSnapshot",
   "ec2:CreateTags",
+  "ec2:CreateVolume",
+  "ec2:ModifyInstanceAttribute",
   "ec2:TerminateInstances",
   "iam:CreateServiceLinkedRole",
   "iam:PassRole",
@@ -106,20 +120,69 @@ describe("the role", () => {
   });
 
   test("ends only instances that carry a tag of ours, and tags only those and members of the groups", () => {
-    const conditionKeys = (action: string) =>
-      statementsFor(action).map(({ Condition }) => Object.keys(Condition?.StringLike ?? {}).join());
-    expect(conditionKeys("ec2:TerminateInstances")).toEqual([
-      "aws:ResourceTag/spotmax:group",
-      "aws:ResourceTag/spotmax:detached",
+    expect(limits("ec2:TerminateInstances")).toEqual([
+      "instance aws:ResourceTag/spotmax:group",
+      "instance aws:ResourceTag/spotmax:detached",
     ]);
-    expect(conditionKeys("ec2:CreateTags")).toEqual([
-      "", // as part of a launch
-      "aws:ResourceTag/spotmax:group",
-      "aws:ResourceTag/aws:autoscaling:groupName",
+    expect(limits("ec2:CreateTags")).toEqual([
+      "* ", // as part of a launch
+      "instance aws:ResourceTag/spotmax:group",
+      "instance aws:ResourceTag/aws:autoscaling:groupName",
+      "volume aws:RequestTag/spotmax:group",
+      "volume snapshot ", // as part of a copy
     ]);
-    expect(statementsFor("ec2:CreateTags")[0]?.Condition).toEqual({
-      StringEquals: { "ec2:CreateAction": ["CreateFleet", "RunInstances"] },
+    expect(statementsFor("ec2:CreateTags").map(({ Condition }) => Condition?.StringEquals)).toEqual([
+      { "ec2:CreateAction": ["CreateFleet", "RunInstances"] },
+      undefined,
+      undefined,
+      undefined,
+      { "ec2:CreateAction": ["CreateSnapshot", "CreateVolume"] },
+    ]);
+  });
+
+  test("tags volumes with two keys only, and never over the tag of a group outside the pattern", () => {
+    const [statement] = statementsFor("ec2:CreateTags").filter(({ Sid }) => Sid === "TagVolumes");
+    expect(statement?.Condition).toEqual({
+      StringLike: { "aws:RequestTag/spotmax:group": "GroupNamePattern" },
+      StringLikeIfExists: { "aws:ResourceTag/spotmax:group": "GroupNamePattern" },
+      "ForAllValues:StringEquals": { "aws:TagKeys": ["spotmax:group", "spotmax:volume"] },
     });
+  });
+
+  test("attaches and copies only what carries our tag, and makes only what carries it from the start", () => {
+    expect(limits("ec2:AttachVolume")).toEqual(["instance volume aws:ResourceTag/spotmax:group"]);
+    // A condition on the request holds for each resource of the call: with one on the original too, anything goes.
+    expect(limits("ec2:CreateSnapshot")).toEqual([
+      "volume aws:ResourceTag/spotmax:group",
+      "snapshot aws:RequestTag/spotmax:group",
+    ]);
+    expect(limits("ec2:CreateVolume")).toEqual([
+      "snapshot aws:ResourceTag/spotmax:group",
+      "volume aws:RequestTag/spotmax:group",
+    ]);
+  });
+
+  test("changes nothing of an instance but how long its volumes stay, and only of instances it may know", () => {
+    expect(limits("ec2:ModifyInstanceAttribute")).toEqual([
+      "instance aws:ResourceTag/aws:autoscaling:groupName",
+      "instance aws:ResourceTag/spotmax:group",
+      "instance aws:ResourceTag/spotmax:detached",
+      "volume ", // named in the call; the instance decides
+    ]);
+    for (const { Condition } of statementsFor("ec2:ModifyInstanceAttribute").slice(0, -1)) {
+      expect(Condition?.StringLikeIfExists).toEqual({ "ec2:Attribute": "*lockDeviceMapping*" });
+    }
+  });
+
+  test("may delete or detach no volume, no snapshot and no tag of either", () => {
+    const actions = allowed.flatMap(({ Action }) => list(Action)).filter((action) => action.startsWith("ec2:"));
+    expect(actions.filter((action) => /Delete|Detach|ModifyVolume|ModifySnapshot/.test(action))).toEqual([]);
+  });
+
+  test("names snapshots without an account, as AWS does", () => {
+    const arns = allowed.flatMap(({ Resource }) => list(Resource ?? [])).filter((arn) => arn.includes(":snapshot/"));
+    expect(arns).not.toEqual([]);
+    for (const arn of arns) expect(arn).toEndWith(`:ec2:${sub("AWS::Region")}:*:snapshot/*`);
   });
 
   test("launches nothing without our tag", () => {

@@ -32,7 +32,8 @@ describe("the steps", () => {
       "protect volume",
       "cordon",
     ],
-    detach_evt_sqs: ["wait for the replacement", "deregister", "drain", "detach", "send termination message"],
+    // The volume once more: where protecting it failed on notice, this is the second chance.
+    detach_evt_sqs: ["protect volume", "wait for the replacement", "deregister", "drain", "detach", "send termination message"],
     termination_evt_sqs: ["terminate", "move volume"],
   };
 
@@ -377,6 +378,11 @@ describe("AWS's answers become plain records", () => {
         InstanceLifecycle: "spot",
         LaunchTime: new Date(5),
         Tags: [{ Key: "Name", Value: "x" }, { Key: "empty" }],
+        BlockDeviceMappings: [
+          { DeviceName: "/dev/xvda", Ebs: { VolumeId: "vol-1", DeleteOnTermination: true } },
+          { DeviceName: "/dev/sdz", Ebs: { VolumeId: "vol-2", DeleteOnTermination: false } },
+          { DeviceName: "/dev/sdb" },
+        ],
       }),
     ).toEqual({
       id: "i-1",
@@ -387,6 +393,7 @@ describe("AWS's answers become plain records", () => {
       spot: true,
       launchedMs: 5,
       tags: { Name: "x", empty: "" },
+      volumes: { "/dev/xvda": { id: "vol-1", ends: true }, "/dev/sdz": { id: "vol-2", ends: false } },
     });
     expect(toInstance({ InstanceId: "i-1" })?.spot).toBeFalse();
     expect(toInstance({})).toBeUndefined();

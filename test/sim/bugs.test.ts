@@ -1,0 +1,98 @@
+// Bugs that lives have found, each as the smallest scenario that shows it; BUGS.md tells their stories.
+import { expect, test } from "bun:test";
+import { AwsError } from "../aws/world.ts";
+import { Stage } from "./harness.ts";
+
+const three = { min: 3, max: 5, desired: 3 };
+const first = <T>(list: readonly T[]): T => {
+  const [one] = list;
+  if (one === undefined) throw new Error("nothing there");
+  return one;
+};
+const sizes = (s: Stage, name = "web") => {
+  const g = s.world.autoscaling.groups.get(name);
+  return [g?.min, g?.max, g?.desired];
+};
+/** Until a claim that is none of `known` is in service. */
+async function inService(s: Stage, known: string[] = []): Promise<string> {
+  const found = () =>
+    s
+      .openClaims()
+      .find((id) => !known.includes(id) && s.world.autoscaling.groups.get("web")?.members.get(id)?.state === "InService");
+  await s.until(() => found() !== undefined, 120);
+  return found() ?? "";
+}
+
+test("a replacement replaced while the first old one is still a member stands in for both", async () => {
+  const s = new Stage({ pendingMs: [6_000, 6_000] });
+  const old = first(s.group({ name: "web", min: 1, max: 5, desired: 3 }));
+  await s.start();
+  // The answer that brings the first one's detach message is lost: it comes again in a minute.
+  const queue = s.world.sqs.queues.get(s.queues.detach);
+  const isLost = () => [...(queue?.messages.values() ?? [])].some((m) => m.receiveCount > 0);
+  let lost = false;
+  s.world.intercept = ({ operation, input }) => {
+    if (operation !== "ReceiveMessage" || (input as { QueueUrl: string }).QueueUrl !== s.queues.detach) return undefined;
+    lost ||= isLost();
+    return lost ? undefined : { after: new AwsError("InternalError", "internal", 500) };
+  };
+  s.world.interrupt(old);
+  const one = await inService(s);
+  s.world.interrupt(one);
+  await s.quiet(3600);
+  expect(sizes(s)).toEqual([1, 5, 3]);
+});
+
+test("a copy made before the group could be read does not forget that the old one was protected", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three, protected: true }));
+  await s.start();
+  const untilMs = s.clock.now() + 15_000;
+  s.world.intercept = ({ operation }) =>
+    operation === "DescribeAutoScalingGroups" && s.clock.now() < untilMs
+      ? { before: new AwsError("Throttling", "Rate exceeded") }
+      : undefined;
+  s.world.interrupt(old);
+  await s.quiet(3600);
+  s.check([old], { web: [3, 5, 3] });
+});
+
+test("a slow call that protects the replacement does not outlive its claim", async () => {
+  for (let seed = 1; seed <= 20; seed++) {
+    const s = new Stage({ seed, staleMs: 5_000, attachMs: [1_000, 1_000] });
+    const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 0 }));
+    await s.start();
+    s.world.intercept = ({ operation, input }) =>
+      operation === "SetInstanceProtection" && (input as { ProtectedFromScaleIn: boolean }).ProtectedFromScaleIn
+        ? { delayMs: 4_000 }
+        : undefined;
+    s.world.interrupt(old);
+    await s.quiet(3600);
+    await s.seconds(300);
+    for (const [id, m] of s.world.autoscaling.groups.get("web")?.members ?? [])
+      expect([seed, id, m.protected]).toEqual([seed, id, false]);
+  }
+});
+
+test("a decrement that the minimum refuses for good does not hold up the group's limit for ever", async () => {
+  const s = new Stage();
+  const [old = "", other = ""] = s.group(
+    { name: "web", ...three },
+    { is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 60 },
+  );
+  await s.start();
+  await s.call("autoscaling", "SetInstanceProtection", {
+    AutoScalingGroupName: "web",
+    InstanceIds: [old, other],
+    ProtectedFromScaleIn: true,
+  });
+  s.world.rebalance(old);
+  await s.until(() => s.world.audit.some((a) => a.what === "in service"), 120);
+  await s.seconds(5);
+  // The operator takes one away meanwhile: old and new are both needed now.
+  await s.call("autoscaling", "SetDesiredCapacity", { AutoScalingGroupName: "web", DesiredCapacity: 3 });
+  await s.seconds(120);
+  s.world.rebalance(other);
+  await s.seconds(3600);
+  expect([...s.world.ec2.instances.values()].some((i) => i.tags.get("spotmax:replaces") === other)).toBe(true);
+});

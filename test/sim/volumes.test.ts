@@ -1,0 +1,262 @@
+// Volumes that move with the instance: not one is lost, whatever happens, and every one is accounted for by its ID.
+import { expect, test } from "bun:test";
+import { AwsError, type GroupSpec } from "../aws/world.ts";
+import { Stage } from "./harness.ts";
+
+const DEVICE = "/dev/sdf";
+const volumes = [{ device: DEVICE, sizeGiB: 400, type: "gp3", iops: 4000, throughput: 250 }];
+const fleet = (over: Partial<GroupSpec> = {}): GroupSpec => ({ name: "db", min: 3, max: 5, desired: 3, volumes, ...over });
+const options = { persistence_dev: DEVICE };
+
+/** The volume at a device of an instance. */
+function volumeAt(s: Stage, instance: string, device: string): string {
+  for (const v of s.world.ec2.ebs.volumes.values())
+    if (v.attachment?.instanceId === instance && v.attachment.device === device) return v.id;
+  throw new Error(`${instance} has no volume at ${device}`);
+}
+const stateOf = (s: Stage, volume: string) => s.world.ec2.ebs.volumes.get(volume)?.state;
+const tagOf = (s: Stage, volume: string) => s.world.ec2.ebs.volumes.get(volume)?.tags.get("spotmax:volume");
+const ownerOf = (s: Stage, volume: string) => {
+  const at = s.world.ec2.ebs.volumes.get(volume)?.attachment;
+  return at && `${at.instanceId} ${at.device}`;
+};
+const claimOf = (s: Stage, old: string) => {
+  const found = [...s.world.ec2.instances.values()].filter(
+    (i) => i.tags.get("spotmax:replaces") === old && i.state === "running",
+  );
+  const [claim] = found;
+  if (found.length !== 1 || !claim) throw new Error(`${old} has ${found.length} replacements\n${s.lines.join("")}`);
+  return claim.id;
+};
+const first = (list: string[]) => list[0] ?? "";
+const spotPools = (s: Stage, zone: string) => ["m5.large", "m5a.large", "m4.large"].map((t) => s.world.pool("spot", t, zone));
+
+test("the data volume goes on with the replacement, as /dev/sdz, and stays for good", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  expect(s.lines.join("")).toContain("Has persistence volume.");
+  s.world.interrupt(old);
+  await s.quiet();
+  s.check([old], { db: [3, 5, 3] });
+  const claim = claimOf(s, old);
+  expect(ownerOf(s, data)).toBe(`${claim} /dev/sdz`);
+  expect(s.world.ec2.ebs.volumes.get(data)?.attachment?.deleteOnTermination).toBe(false);
+  expect([tagOf(s, data), s.world.instance(claim).tags.get("spotmax:volume")]).toEqual([claim, data]);
+});
+
+test("two generations: the third instance has that very volume, not the empty ones between", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  s.world.interrupt(old);
+  await s.quiet();
+  const second = claimOf(s, old);
+  const empty = volumeAt(s, second, DEVICE);
+  s.world.interrupt(second);
+  await s.quiet();
+  const third = claimOf(s, second);
+  expect(ownerOf(s, data)).toBe(`${third} /dev/sdz`);
+  expect(stateOf(s, empty) ?? "deleted").toBe("deleted");
+});
+
+test("a replacement interrupted before its data has come: the data goes to the last in the chain", async () => {
+  for (const after of [1, 5, 20, 40]) {
+    const s = new Stage({ seed: after });
+    const old = first(s.group(fleet(), options));
+    const data = volumeAt(s, old, DEVICE);
+    await s.start();
+    s.world.interrupt(old);
+    await s.until(() => s.world.audit.some((a) => a.what === "in service"), 100);
+    await s.seconds(after);
+    const second = claimOf(s, old);
+    s.world.interrupt(second);
+    await s.seconds(5);
+    await s.quiet();
+    const third = claimOf(s, second);
+    expect([after, ownerOf(s, data)]).toEqual([after, `${third} /dev/sdz`]);
+  }
+});
+
+test("the whole group at once: no volume is mixed up", async () => {
+  const s = new Stage();
+  const olds = s.group(fleet({ min: 6, max: 6, desired: 6 }), options);
+  const data = new Map(olds.map((old) => [old, volumeAt(s, old, DEVICE)]));
+  await s.start();
+  for (const old of olds) s.world.interrupt(old, { keepCapacity: true });
+  await s.quiet();
+  s.check(olds, { db: [6, 6, 6] });
+  for (const [old, volume] of data) expect([old, ownerOf(s, volume)]).toEqual([old, `${claimOf(s, old)} /dev/sdz`]);
+});
+
+test("every rung tries the old zone first", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const { zone } = s.world.instance(old);
+  await s.start();
+  for (const pool of spotPools(s, zone)) pool.capacity = pool.type === "m4.large" ? 1 : 0;
+  s.world.interrupt(old, { keepCapacity: true });
+  await s.quiet();
+  const claim = s.world.instance(claimOf(s, old));
+  expect([claim.zone, claim.type]).toEqual([zone, "m4.large"]);
+});
+
+test("another type in the old zone comes before the same types elsewhere", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), { ...options, alt1: "c5.large" }));
+  const { zone } = s.world.instance(old);
+  await s.start();
+  for (const pool of spotPools(s, zone)) pool.capacity = 0;
+  s.world.interrupt(old);
+  await s.quiet();
+  const claim = s.world.instance(claimOf(s, old));
+  expect([claim.zone, claim.type]).toEqual([zone, "c5.large"]);
+});
+
+test("no capacity in the zone: a copy goes on, and the original stays, tagged and reported", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  const { zone } = s.world.instance(old);
+  s.world.ec2.ebs.volumes.get(data)?.tags.set("owner", "billing");
+  await s.start();
+  for (const pool of spotPools(s, zone)) pool.capacity = 0;
+  s.world.interrupt(old);
+  await s.quiet(7200);
+  const claim = claimOf(s, old);
+  const copy = s.world.ec2.ebs.volumes.get(volumeAt(s, claim, "/dev/sdz"));
+  const source = s.world.ec2.ebs.volumes.get(data);
+  expect(s.world.instance(claim).zone).not.toBe(zone);
+  expect([source?.state, source?.zone]).toEqual(["available", zone]);
+  expect([copy?.type, copy?.sizeGiB, copy?.iops, copy?.throughput]).toEqual(["gp3", 400, 4000, 250]);
+  expect([copy?.tags.get("owner"), tagOf(s, data)]).toEqual(["billing", old]);
+  expect(s.world.ec2.ebs.snapshots.size).toBe(1);
+  expect(s.lines.filter((l) => l.startsWith("WARN")).join("")).toContain("both stay and cost money");
+});
+
+test("no replacement at all: the volume stays available, and the log gives the command that attaches it", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), { ...options, is_enable_od_fallback: false }));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  for (const zone of "abc") for (const pool of spotPools(s, `us-east-1${zone}`)) pool.capacity = 0;
+  s.world.interrupt(old);
+  await s.seconds(3600);
+  expect(stateOf(s, data)).toBe("available");
+  expect(s.lines.join("")).toContain(`aws ec2 attach-volume --volume-id ${data} --instance-id`);
+});
+
+test("a volume that stays busy is reported and never forced", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  const volume = s.world.ec2.ebs.volumes.get(data);
+  let stuck = true;
+  // The instance hangs in shutting-down: its volume stays in use.
+  s.world.delays.shuttingDownMs = [3_000_000, 3_000_000];
+  s.world.interrupt(old);
+  await s.seconds(1500);
+  expect(volume?.state).toBe("in-use");
+  expect(s.lines.join("")).toContain("waiting on, never forced");
+  expect(s.world.calls["ec2:DetachVolume"]).toBeUndefined();
+  stuck = false;
+  await s.quiet(7200);
+  expect([stuck, ownerOf(s, data)]).toEqual([false, `${claimOf(s, old)} /dev/sdz`]);
+});
+
+test("without a hard deadline the volume moves as well", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), { ...options, is_to_handle_rebalance_event: true }));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  s.world.rebalance(old);
+  await s.quiet();
+  s.check([old], { db: [3, 5, 3] });
+  expect(ownerOf(s, data)).toBe(`${claimOf(s, old)} /dev/sdz`);
+});
+
+test("an old one whose data cannot be kept is not ended by us", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  s.world.denied.add("ec2:ModifyInstanceAttribute");
+  await s.start();
+  s.world.interrupt(old, { withoutReclaim: true });
+  await s.seconds(60);
+  expect([s.world.instance(old).state, stateOf(s, data)]).toEqual(["running", "in-use"]);
+  s.world.denied.clear();
+  await s.quiet();
+  expect(ownerOf(s, data)).toBe(`${claimOf(s, old)} /dev/sdz`);
+});
+
+test("killed at any call and started again: that very volume ends on the replacement", async () => {
+  for (let at = 2; at <= 150; at += 4) {
+    const s = new Stage({ seed: at });
+    const old = first(s.group(fleet({ min: 3, max: 3 }), options));
+    const data = volumeAt(s, old, DEVICE);
+    const daemon = await s.start();
+    let calls = 0;
+    s.world.intercept = ({ operation }) => {
+      if (operation !== "ReceiveMessage" && ++calls === at) daemon.kill();
+      return undefined;
+    };
+    s.world.interrupt(old);
+    await s.until(() => calls >= at || s.isQuiet(), 600).catch(() => undefined);
+    await s.seconds(2);
+    await s.start();
+    await s.quiet(7200);
+    s.check([old], { db: [3, 3, 3] });
+    expect([at, ownerOf(s, data)]).toEqual([at, `${claimOf(s, old)} /dev/sdz`]);
+  }
+}, 120_000);
+
+test("killed at any call on the way to another zone: one copy attached, the original available", async () => {
+  for (let at = 20; at <= 220; at += 8) {
+    const s = new Stage({ seed: at });
+    const old = first(s.group(fleet(), options));
+    const data = volumeAt(s, old, DEVICE);
+    for (const pool of spotPools(s, s.world.instance(old).zone)) pool.capacity = 0;
+    const daemon = await s.start();
+    let calls = 0;
+    s.world.intercept = ({ operation }) => {
+      if (operation !== "ReceiveMessage" && ++calls === at) daemon.kill();
+      return undefined;
+    };
+    s.world.interrupt(old);
+    await s.until(() => calls >= at || s.isQuiet(), 1200).catch(() => undefined);
+    await s.seconds(2);
+    await s.start();
+    await s.quiet(7200);
+    expect([at, stateOf(s, data)]).toEqual([at, "available"]);
+    expect(volumeAt(s, claimOf(s, old), "/dev/sdz")).not.toBe(data);
+    const copies = [...s.world.ec2.ebs.volumes.values()].filter((v) => v.tags.get("spotmax:volume") === claimOf(s, old));
+    expect([at, copies.length]).toEqual([at, 1]);
+  }
+}, 120_000);
+
+test("lost answers of the volume calls change nothing", async () => {
+  for (const operation of ["ModifyInstanceAttribute", "AttachVolume", "CreateTags", "CreateSnapshot", "CreateVolume"]) {
+    for (const zone of ["same", "other"]) {
+      const s = new Stage();
+      const old = first(s.group(fleet(), options));
+      const data = volumeAt(s, old, DEVICE);
+      if (zone === "other") for (const pool of spotPools(s, s.world.instance(old).zone)) pool.capacity = 0;
+      await s.start();
+      let n = 0;
+      s.world.intercept = (call) =>
+        call.operation === operation && n++ === 0 ? { after: new AwsError("InternalError", "internal", 500) } : undefined;
+      s.world.interrupt(old);
+      await s.quiet(7200);
+      if (zone === "same") expect([operation, ownerOf(s, data)]).toEqual([operation, `${claimOf(s, old)} /dev/sdz`]);
+      else
+        expect([operation, stateOf(s, data), volumeAt(s, claimOf(s, old), "/dev/sdz") !== data]).toEqual([
+          operation,
+          "available",
+          true,
+        ]);
+    }
+  }
+});
