@@ -1075,6 +1075,8 @@ export type State = {
   cache: Map<string, { atMs: number; value: Promise<unknown> }>;
   /** When the manager first saw a claim outside every group. */
   outsideSince: Map<string, number>;
+  /** Claims that this process has attached, or tried to without a clear answer. */
+  joined: Set<string>;
   /** How instances left, where their group's activities told. */
   left: Map<string, "decremented" | "substituted" | "unknown">;
   /** When a detach message for an old instance was last in hand here. */
@@ -1113,6 +1115,7 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     cache: new Map(),
     outsideSince: new Map(),
     actedMs: new Map(),
+    joined: new Set(),
     left: new Map(),
     detachSeenMs: new Map(),
     finishedMs: new Map(),
@@ -1744,7 +1747,8 @@ async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promis
   if (!claim && cloudNow(ctx) - (work.notice.timeMs ?? 0) < 30_000) return retry("EC2 does not show it yet", 5);
   if (!claim || !(TAG.replaces in claim.tags) || isSettled(claim) || !isLiving(claim)) return skip("in no group: not ours");
   remember(ctx, "spot", claim.type, claim.zone, RECLAIMED_MS, "reclaimed");
-  if (!(await endOutside(ctx, claim.id))) return again("our replacement has just become a member", 0);
+  if (!(await endOutside(ctx, claim.id, claim.tags[TAG.group] ?? "")))
+    return again("our replacement has just become a member", 0);
   const old = replacedBy(claim);
   return skip(
     `our replacement for ${old} is itself being reclaimed before it was attached: ended, the next choice follows`,
@@ -2475,6 +2479,8 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
       verdicts.set(item.claim, { is: "not owed", reason: `${item.old} left with decrement` });
     else if (!wanted.some((w) => w.claim === item.claim)) wanted.push(item); // two messages may wait for one claim
   }
+  // Whatever the answer: from here on it may be a member.
+  for (const i of wanted) ctx.state.joined.add(i.claim);
   for (let rounds = 0; group && wanted.length; rounds++) {
     const ids = wanted.map((i) => i.claim);
     const attached = (id: string) => verdicts.set(id, { is: "attached" });
@@ -2499,6 +2505,7 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
       // An answer was lost: AWS knows it as a member, whatever a describe that lags behind says.
       if (ALREADY_IN.exec(text)?.[1] === name) for (const id of ids.length === 1 ? ids : blamed) attached(id);
       const refused = ids.length === 1 ? ids : blamed.length < ids.length ? blamed : [];
+      for (const id of refused) ctx.state.joined.delete(id);
       for (const id of refused) if (!verdicts.has(id)) verdicts.set(id, { is: "refused", reason: text });
       if (!refused.length && !ids.some((id) => verdicts.has(id))) {
         // The refusal names nobody: one by one.
@@ -2511,15 +2518,21 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
   return items.map((i) => verdicts.get(i.claim) ?? { is: "later", reason: "no verdict" });
 }
 
-/** Ends a claim that two reads, ten seconds apart, show outside every group; describes may lag that far behind an attach. */
-async function endOutside(ctx: Ctx, claim: string): Promise<boolean> {
+/**
+ * Ends a claim that two reads, ten seconds apart, show outside every group and that nobody here has attached;
+ * describes may lag that far behind an attach.
+ */
+async function endOutside(ctx: Ctx, claim: string, group: string): Promise<boolean> {
   for (const waitMs of [0, 10_000]) {
     await pause(ctx, waitMs);
     if (await ctx.cloud.member(claim)) return false;
   }
-  await ctx.cloud.terminate([claim]);
-  ctx.state.claims.delete(claim);
-  return true;
+  return lane(ctx, group).exclusive(async () => {
+    if (ctx.state.joined.has(claim)) return false;
+    await ctx.cloud.terminate([claim]);
+    ctx.state.claims.delete(claim);
+    return true;
+  });
 }
 
 async function attach(ctx: Ctx, work: Work): Promise<Result> {
@@ -2541,10 +2554,10 @@ async function attach(ctx: Ctx, work: Work): Promise<Result> {
     case "later":
       return again(verdict.reason, 2_000);
     case "not owed":
-      if (!(await endOutside(ctx, claim))) return again(`${claim} is a member after all`, 0);
+      if (!(await endOutside(ctx, claim, work.group))) return again(`${claim} is a member after all`, 0);
       return skip(`${verdict.reason}: no replacement is owed, ${claim} is ended`, "info");
     case "refused":
-      if (!(await endOutside(ctx, claim))) return again(`${claim} is a member after all`, 0);
+      if (!(await endOutside(ctx, claim, work.group))) return again(`${claim} is a member after all`, 0);
       work.log.error(`${verdict.reason}; ${claim} is ended`, { replacement: claim });
       return lostClaim(ctx, work, undefined);
   }
@@ -2655,8 +2668,10 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
     // A minute past its deadline and still in service: the notice did not come true, and there is no hurry any more.
     if (work.deadlineMs !== undefined && cloudNow(ctx) > work.deadlineMs + 60_000) work.deadlineMs = undefined;
     const what = whenToDetach({ nowMs: cloudNow(ctx), deadlineMs: work.deadlineMs, standing, refused: work.refused });
-    if (what !== "wait") {
-      work.decrement = what === "decrement";
+    if (what !== "wait" && group) {
+      // A replacement that stood for one whom the group has substituted already is one too many as it is.
+      const before = what === "substitute" && !work.refused ? await openClaimOn(ctx, work.instance) : undefined;
+      work.decrement = what === "decrement" || (before !== undefined && (await fateOf(ctx, group, before)) === "substituted");
       return done;
     }
     if (work.deadlineMs === undefined) {
@@ -3101,6 +3116,7 @@ function forget(ctx: Ctx, open: Ec2Instance[]): void {
     for (const key of map.keys()) if (!alive.has(key.split(" ")[0] ?? "")) map.delete(key);
   for (const map of [ctx.state.detachSeenMs, ctx.state.finishedMs])
     for (const [key, atMs] of map) if (ctx.deps.now() - atMs > 3_600_000) map.delete(key);
+  for (const id of ctx.state.joined) if (!ctx.state.claims.has(id)) ctx.state.joined.delete(id);
   if (ctx.state.left.size > 10_000) ctx.state.left.clear(); // a memory to save calls, no more
   for (const [key, untilMs] of ctx.state.failedPools) if (untilMs < ctx.deps.now()) ctx.state.failedPools.delete(key);
 }
