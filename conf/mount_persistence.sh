@@ -21,6 +21,7 @@
 #   BUSY_SECONDS     120        how long to try, once it is there, to get it mounted (TARGET_DIR may be busy)
 #   POLL_SECONDS     1          between two looks
 #   TAG_SECONDS      15         between two calls of `aws ec2 describe-tags`, where tags are read that way
+#   UNTAGGED_SECONDS 30         how long not to believe that an instance has no tag at all: AWS may be late to show them
 #   MOUNT_OPTIONS    none       for mount -o
 #   ON_MOUNTED       none       a shell command to run after this script has mounted something ("systemctl start db")
 #   IMDS_URL         http://169.254.169.254
@@ -35,7 +36,7 @@
 set -u
 # cron's PATH is short.
 PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/snap/bin
-export PATH LC_ALL=C AWS_PAGER=''
+export PATH AWS_PAGER=''
 
 TARGET_DIR=${TARGET_DIR:-/data}
 PERSISTENCE_DEV=${PERSISTENCE_DEV-/dev/sdf}
@@ -43,6 +44,7 @@ WAIT_SECONDS=${WAIT_SECONDS:-900}
 BUSY_SECONDS=${BUSY_SECONDS:-120}
 POLL_SECONDS=${POLL_SECONDS:-1}
 TAG_SECONDS=${TAG_SECONDS:-15}
+UNTAGGED_SECONDS=${UNTAGGED_SECONDS:-30}
 MOUNT_OPTIONS=${MOUNT_OPTIONS:-}
 ON_MOUNTED=${ON_MOUNTED:-}
 IMDS_URL=${IMDS_URL:-http://169.254.169.254}
@@ -116,10 +118,10 @@ tags_from_aws() {
     aws_why="they are not allowed in its metadata (InstanceMetadataTags), and there is no aws command"
     return
   }
-  region=$(imds meta-data/placement/region) && instance=$(imds meta-data/instance-id) || {
+  if ! region=$(imds meta-data/placement/region) || ! instance=$(imds meta-data/instance-id); then
     aws_why="$IMDS_URL does not answer"
     return
-  }
+  fi
   found=$(aws ec2 describe-tags --region "$region" --filters "Name=resource-id,Values=$instance" \
     --query 'Tags[].[Key,Value]' --output text --cli-connect-timeout 5 --cli-read-timeout 15 2>&1) || {
     aws_why="aws ec2 describe-tags: $(printf '%s' "$found" | tr -s '\n' ' ')"
@@ -265,9 +267,9 @@ mount_own() {
 
 # ---- Main ------------------------------------------------------------------------------------------------
 
-for seconds in "$WAIT_SECONDS" "$BUSY_SECONDS" "$TAG_SECONDS"; do
+for seconds in "$WAIT_SECONDS" "$BUSY_SECONDS" "$TAG_SECONDS" "$UNTAGGED_SECONDS"; do
   case $seconds in
-    '' | *[!0-9]*) die "WAIT_SECONDS, BUSY_SECONDS and TAG_SECONDS must be whole numbers, not $seconds" ;;
+    '' | *[!0-9]*) die "seconds must be a whole number, not $seconds" ;;
     *) ;;
   esac
 done
@@ -299,8 +301,8 @@ while :; do
     state="waiting for the data volume${volume:+ $volume}${group:+ of group $group}"
   elif [ -z "$known" ]; then
     state="cannot read this instance's tags"
-  # AWS may be late to show tags, but it shows all those of a launch together.
-  elif [ "$tags" -gt 0 ] || [ "$waited" -ge 30 ]; then
+  # The tags of a launch show together.
+  elif [ "$tags" -gt 0 ] || [ "$waited" -ge "$UNTAGGED_SECONDS" ]; then
     mount_own
   else
     state='no tags yet'

@@ -156,10 +156,7 @@ describe("the role", () => {
       "volume aws:ResourceTag/spotmax:group",
       "snapshot aws:RequestTag/spotmax:group",
     ]);
-    expect(limits("ec2:CreateVolume")).toEqual([
-      "snapshot aws:ResourceTag/spotmax:group",
-      "volume aws:RequestTag/spotmax:group",
-    ]);
+    expect(limits("ec2:CreateVolume")).toEqual(["snapshot aws:ResourceTag/spotmax:group", "volume aws:RequestTag/spotmax:group"]);
   });
 
   test("changes nothing of an instance but how long its volumes stay, and only of instances it may know", () => {
