@@ -160,7 +160,9 @@ const GROUP_OPTIONS = {
   preaction_termination_delay_seconds: v.optional(wholeNumber(0, WEEK_SECONDS), 10),
   preaction_detach_delay_seconds: v.optional(wholeNumber(0, WEEK_SECONDS), 10),
   is_enable_preaction: v.optional(flag(), false),
-  persistence_dev: v.optional(text("a device name such as /dev/sdf", /^\/dev\/\w+$/)),
+  persistence_dev: v.optional(
+    text("a device name such as /dev/sdf, and not /dev/sdz, where moved data goes", /^\/dev\/(?!sdz$|xvdz$)\w+$/),
+  ),
   consul_port: v.optional(port),
   k8s_node_drain_option: v.optional(flag(), false),
   is_enable_od_fallback: v.optional(flag(), true),
@@ -2979,7 +2981,16 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
     );
     return done;
   }
-  if (target.volumes[DATA_DEVICE]) return own(ctx, work, target, target.volumes[DATA_DEVICE].id);
+  const there = target.volumes[DATA_DEVICE];
+  if (there) {
+    // The volume itself, or the copy that was made for this one; another disk there is none of ours.
+    const isData = there.id === source.id || (await ctx.cloud.volumesOf(target.id))?.some((v) => v.id === there.id);
+    if (isData) return own(ctx, work, target, there.id);
+    log.error(
+      `${DATA_DEVICE} of ${target.id} is taken by ${there.id}: ${source.id} stays available; free the device, then ${attachCommand(source.id, target.id)}`,
+    );
+    return done;
+  }
   if (source.attachedTo === target.id) return retry(`${source.id} is being attached`, 2);
   if (source.state !== "available") {
     // A volume that stays busy may be mounted still: forcing it off would risk the data.

@@ -260,3 +260,19 @@ test("lost answers of the volume calls change nothing", async () => {
     }
   }
 });
+
+test("another disk at /dev/sdz is not taken for the data", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet({ volumes: [...volumes, { device: "/dev/sdz", sizeGiB: 1 }] }), options));
+  // This one is of before the template had a disk there.
+  const wrong = volumeAt(s, old, "/dev/sdz");
+  const data = volumeAt(s, old, DEVICE);
+  await s.call("ec2", "DetachVolume", { VolumeId: wrong });
+  await s.seconds(10);
+  await s.start();
+  s.world.interrupt(old);
+  await s.quiet();
+  await s.seconds(120);
+  expect(stateOf(s, data)).toBe("available");
+  expect(s.lines.join("")).toContain(`${data} stays available; free the device`);
+});

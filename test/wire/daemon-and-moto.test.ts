@@ -3,11 +3,22 @@
 import { afterAll, expect, test } from "bun:test";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { type AutoScalingGroup, DescribeAutoScalingGroupsCommand } from "@aws-sdk/client-auto-scaling";
-import { DescribeInstancesCommand, type Instance } from "@aws-sdk/client-ec2";
+import {
+  type AutoScalingGroup,
+  DescribeAutoScalingGroupsCommand,
+  UpdateAutoScalingGroupCommand,
+} from "@aws-sdk/client-auto-scaling";
+import {
+  AttachVolumeCommand,
+  CreateVolumeCommand,
+  DescribeInstancesCommand,
+  DescribeVolumesCommand,
+  type Instance,
+  type Volume,
+} from "@aws-sdk/client-ec2";
 import { PutObjectCommand } from "@aws-sdk/client-s3";
 import { GetQueueAttributesCommand, SendMessageCommand } from "@aws-sdk/client-sqs";
-import { destroyClients, REGION, type SdkClients, sdkClients, setUp, startMoto } from "./moto.ts";
+import { destroyClients, REGION, type SdkClients, type SetUp, sdkClients, setUp, startMoto } from "./moto.ts";
 
 const binary = process.env.MAX_GROUP_BINARY ?? join(import.meta.dir, "../../dist/max_group");
 const moto = await startMoto();
@@ -129,4 +140,89 @@ test.skipIf(!moto)(
     expect(await daemon.exited).toBe(0);
   },
   180_000,
+);
+
+/** The program on this set-up, with these groups. */
+async function start(set: SetUp, groups: object, url: string, { s3 }: SdkClients) {
+  const [interruption_evt_sqs, detach_evt_sqs, termination_evt_sqs] = [
+    set.queues.interruption,
+    set.queues.detach,
+    set.queues.termination,
+  ].map((q) => ({
+    queue_url: q.url,
+  }));
+  const Body = JSON.stringify({ global: { interruption_evt_sqs, detach_evt_sqs, termination_evt_sqs }, groups });
+  await s3.send(new PutObjectCommand({ Bucket: set.bucket, Key: "service_config.json", Body }));
+  const daemon = Bun.spawn([binary, "-b", set.bucket, "-r", REGION], {
+    env: { AWS_ENDPOINT_URL: url, AWS_ACCESS_KEY_ID: "test", AWS_SECRET_ACCESS_KEY: "test", PATH: process.env.PATH ?? "" },
+    stderr: "pipe",
+    stdout: "ignore",
+  });
+  return { daemon, log: new Response(daemon.stderr).text() };
+}
+
+/** A data volume at /dev/sdf, which goes with its instance, as the template's own would. */
+async function dataVolume({ ec2 }: SdkClients, instance: string): Promise<string> {
+  const { Reservations = [] } = await ec2.send(new DescribeInstancesCommand({ InstanceIds: [instance] }));
+  const AvailabilityZone = Reservations[0]?.Instances?.[0]?.Placement?.AvailabilityZone ?? "";
+  const { VolumeId = "" } = await ec2.send(new CreateVolumeCommand({ AvailabilityZone, Size: 8, VolumeType: "gp3" }));
+  await ec2.send(new AttachVolumeCommand({ VolumeId, InstanceId: instance, Device: "/dev/sdf" }));
+  return VolumeId;
+}
+async function volume({ ec2 }: SdkClients, id: string): Promise<Volume> {
+  const { Volumes: [found] = [] } = await ec2.send(new DescribeVolumesCommand({ VolumeIds: [id] }));
+  if (!found) throw new Error(`volume ${id} is gone`);
+  return found;
+}
+
+test.skipIf(!moto)(
+  "the compiled program moves a volume over two generations, and copies it where no zone fits",
+  async () => {
+    if (!moto || !clients) return;
+    const { ec2, autoscaling, sqs } = clients;
+    await moto.reset();
+    const set = await setUp(clients, { group: "db", min: 1, max: 3, desired: 1, types: ["m5.large"], zones: ["us-east-2a"] });
+    const away = await setUp(clients, { group: "away", min: 1, max: 3, desired: 1, types: ["m5.large"], bucket: "other-bucket" });
+    const [old = "", far = ""] = [set.memberIds[0], away.memberIds[0]];
+    const [data, original] = [await dataVolume(clients, old), await dataVolume(clients, far)];
+    const from = (await volume(clients, original)).AvailabilityZone;
+    // The old one's zone leaves the group: its replacement can only be elsewhere.
+    const { Subnets } = { Subnets: away.subnetIds.filter((_, i) => `${REGION}${"abc"[i]}` !== from) };
+    await autoscaling.send(
+      new UpdateAutoScalingGroupCommand({ AutoScalingGroupName: "away", VPCZoneIdentifier: Subnets.join(",") }),
+    );
+    const options = { persistence_dev: "/dev/sdf" };
+    const { daemon, log } = await start(set, { db: options, away: options }, moto.url, clients);
+    const notice = (id: string) =>
+      sqs.send(new SendMessageCommand({ QueueUrl: set.queues.interruption.url, MessageBody: JSON.stringify(lateNotice(id)) }));
+    const claimOn = async (id: string) =>
+      (await claims(clients)).find((c) => tag(c, "spotmax:replaces") === id && c.State?.Name === "running")?.InstanceId ?? "";
+    const holder = async (id: string) =>
+      (await volume(clients, id)).Attachments?.map((a) => `${a.InstanceId} ${a.Device}`).join();
+    try {
+      await Promise.all([notice(old), notice(far)]);
+      await until(
+        "the first replacement has the volume",
+        60,
+        async () => (await holder(data)) === `${await claimOn(old)} /dev/sdz`,
+      );
+      const second = await claimOn(old);
+      await notice(second);
+      await until("the second one has it", 60, async () => (await holder(data)) === `${await claimOn(second)} /dev/sdz`);
+      await until("elsewhere a copy is attached", 60, async () => {
+        const claim = await claimOn(far);
+        const { Reservations = [] } = await ec2.send(new DescribeInstancesCommand({ InstanceIds: claim ? [claim] : [far] }));
+        const mapped = Reservations[0]?.Instances?.[0]?.BlockDeviceMappings?.find((m) => m.DeviceName === "/dev/sdz")?.Ebs
+          ?.VolumeId;
+        return mapped !== undefined && mapped !== original;
+      });
+      expect((await volume(clients, original)).State).toBe("available");
+    } catch (cause) {
+      daemon.kill();
+      throw new Error(`the program's log:\n${await log}`, { cause });
+    }
+    daemon.kill("SIGTERM");
+    expect(await daemon.exited).toBe(0);
+  },
+  240_000,
 );
