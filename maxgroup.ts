@@ -2635,6 +2635,7 @@ async function standIn(ctx: Ctx, group: Group, old: string, depth = 0): Promise<
   const claim = winner(claims);
   if (claim) return { claim, standing: await standingOf(ctx, group, claim) };
   for (const dead of depth < 5 ? claims : []) {
+    if (group.members.has(dead.id)) return { standing: "joining" }; // the group has not noticed yet that it is to substitute it
     if ((await howOldLeft(ctx, group.name, dead.id)) === "substituted") {
       const others = [...group.members.values()].filter((m) => m.id !== old && m.lifecycleState === "InService");
       const weight = group.members.get(old)?.weight ?? 1;
@@ -2677,6 +2678,8 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
       return done;
     }
     if (work.deadlineMs === undefined) {
+      const isFresh = cloudNow(ctx) - (work.notice.timeMs ?? 0) < BELIEVED_MS;
+      if (standing === "none" && isFresh) return retry("its replacement is gone, or not to be seen yet", 30);
       if (standing === "none") return skip("its replacement is gone: the old one stays", "warn");
       return retry(`replacement ${work.claim ?? ""} is ${standing}`, work.refused || standing === "outside" ? 60 : 15);
     }
@@ -3155,10 +3158,11 @@ export function judgeClaim(x: {
   if (/Standby/.test(x.member.lifecycleState) && x.old !== "staying") return x.watchedMs < 60_000 ? "leave" : "settle";
   if (x.member.lifecycleState !== "InService") return "leave";
   if (x.old === "staying") return x.ageMs > LEAK_MS + x.patienceMs ? "remind" : "leave";
+  // A surplus that is itself lost meanwhile leaves desired one too high: it goes as soon as a second look confirms it.
+  if (x.old === "substituted") return x.watchedMs >= 10_000 && x.membersInService >= x.desired ? "end member" : "leave";
   // The detach message settles its own claim, and knows whether the old one was protected: it comes first.
   if (x.watchedMs < 60_000) return "leave";
   if (x.old === "decremented") return "settle";
-  if (x.old === "substituted") return x.membersInService >= x.desired ? "end member" : "leave";
   return x.watchedMs > LEAK_MS ? "settle" : "leave"; // nobody knows how it left: what is there stays
 }
 
