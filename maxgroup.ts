@@ -664,6 +664,8 @@ export const TAG = {
   order: "spotmax:order",
   attached: "spotmax:attached",
   detached: "spotmax:detached",
+  /** On a claim that is being reclaimed before it was attached: the next choice is to follow. */
+  lost: "spotmax:lost",
   fallback: "spotmax:fallback",
   maxSize: "spotmax:max_size",
   /** On a volume: the instance whose data it is; on an instance: its data's volume; on a snapshot: what it copies. */
@@ -819,9 +821,10 @@ export function replacedBy(claim: Ec2Instance): string | undefined {
   return place < 0 ? undefined : olds[place];
 }
 const isSettled = (claim: Ec2Instance) => TAG.attached in claim.tags;
-/** Who wins where two claims live for one old instance: a settled one, else the lowest ID, whatever is attached. */
+/** Who wins where two claims live for one old instance: a settled one, then what is not lost, then the lowest ID, whatever is attached. */
 export function winner(claims: Ec2Instance[]): Ec2Instance | undefined {
-  return claims.filter(isLiving).sort((a, b) => Number(isSettled(b)) - Number(isSettled(a)) || (a.id < b.id ? -1 : 1))[0];
+  const rank = (c: Ec2Instance) => (isSettled(c) ? 0 : TAG.lost in c.tags ? 2 : 1);
+  return claims.filter(isLiving).sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1))[0];
 }
 
 const isLeaving = ({ Description = "" }: Activity) => /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
@@ -1748,15 +1751,20 @@ async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promis
   const claim = ctx.state.claims.get(work.instance) ?? (await ctx.cloud.instance(work.instance));
   if (!claim && cloudNow(ctx) - (work.notice.timeMs ?? 0) < 30_000) return retry("EC2 does not show it yet", 5);
   if (!claim || !(TAG.replaces in claim.tags) || isSettled(claim) || !isLiving(claim)) return skip("in no group: not ours");
-  remember(ctx, "spot", claim.type, claim.zone, RECLAIMED_MS, "reclaimed");
-  if (!(await endOutside(ctx, claim.id, claim.tags[TAG.group] ?? "")))
-    return again("our replacement has just become a member", 0);
-  const old = replacedBy(claim);
-  return skip(
-    `our replacement for ${old} is itself being reclaimed before it was attached: ended, the next choice follows`,
-    "warn",
-  );
+  if (!(TAG.lost in claim.tags)) {
+    remember(ctx, "spot", claim.type, claim.zone, RECLAIMED_MS, "reclaimed");
+    const tags = { [TAG.lost]: new Date(cloudNow(ctx)).toISOString() };
+    await ctx.cloud.tag([claim.id], tags);
+    ctx.state.claims.set(claim.id, { ...claim, tags: { ...claim.tags, ...tags } });
+    work.log.warn(
+      `our replacement for ${replacedBy(claim)} is itself being reclaimed before it was attached: the next choice follows`,
+    );
+  }
+  // It may be attached at this very moment, and is then a member with a notice of its own; it is not ended here.
+  return retry(`our replacement ${claim.id} is being reclaimed`, 10);
 }
+/** A claim that is not worth waiting for; one that was attached all the same counts like any member. */
+const isLost = async (ctx: Ctx, claim: Ec2Instance) => TAG.lost in claim.tags && !(await ctx.cloud.member(claim.id));
 
 /** Without a hard deadline: so many at a time in a group, counted from the cloud, and none that is young. */
 async function admit(ctx: Ctx, work: Work, old: Ec2Instance | undefined): Promise<Result> {
@@ -1986,7 +1994,7 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
     for (; work.rung < ladder.length; work.rung++) {
       // Before a crash, by another daemon, or under a token that came back as a mismatch.
       const claim = winner(await claimsOf(ctx, work.instance));
-      if (claim) {
+      if (claim && !(await isLost(ctx, claim))) {
         work.log.info(`${claim.id} was launched before for ${work.instance}: going on with it`);
         return claim.id;
       }
@@ -2334,6 +2342,7 @@ async function waitUntilRunning(ctx: Ctx, work: Work): Promise<Result> {
   const id = work.claim ?? "";
   for (;;) {
     const claim = await ctx.cloud.instance(id);
+    if (claim && isLiving(claim) && (await isLost(ctx, claim))) return lostClaim(ctx, work, claim);
     if (claim?.state === "running") return done;
     // A launch may take seconds to show up at all.
     if (claim ? !isLiving(claim) : ctx.deps.now() - sinceMs > 60_000) return lostClaim(ctx, work, claim);
@@ -2345,7 +2354,7 @@ async function waitUntilRunning(ctx: Ctx, work: Work): Promise<Result> {
 function lostClaim(ctx: Ctx, work: Work, claim: Ec2Instance | undefined): Result {
   const id = work.claim ?? "";
   if (claim?.zone) remember(ctx, claim.spot ? "spot" : "on-demand", claim.type, claim.zone, FAILED_MS, "failed");
-  ctx.state.claims.delete(id);
+  if (!isLiving(claim)) ctx.state.claims.delete(id);
   work.log.warn(`replacement ${id} died before it was attached: ${claim?.stateReason || (claim?.state ?? "gone")}`, {
     replacement: id,
   });

@@ -1,0 +1,109 @@
+// Bugs put into the program on purpose, to see that the lives would find them: a check on the checks. Each is a
+// change of a few words in a copy of maxgroup.ts, which stays as it is. A change that fits nowhere, or in more than
+// one place, is an error: then the program has moved on, and the words here must follow.
+import { mkdirSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+
+export interface Mutation {
+  name: string;
+  /** What to look for, and what stands there instead. */
+  edits: [find: RegExp, put: string][];
+}
+
+export const MUTATIONS: Mutation[] = [
+  {
+    name: "every launch call has a token of its own",
+    edits: [
+      [
+        /`launching \$\{count\} \$\{lifecycle\}`,\s*\(o\) => [^\n]*/,
+        // biome-ignore lint/suspicious/noTemplateCurlyInString: it is source text
+        "`launching ${count}`, (o) => ctx.deps.ec2.send(new CreateFleetCommand({ ...request, ClientToken: crypto.randomUUID() }), o),",
+      ],
+    ],
+  },
+  {
+    name: "the maximum is never put back",
+    edits: [[/\(await restoreMaximum\(([^()]*)\)\)/, "false"]],
+  },
+  {
+    name: "the maximum is put back without looking twice",
+    edits: [
+      [/if \(isOurs\(group\.max\) && !isDue\([^\n]*return true;/, ""],
+      [/if \(isBusy\(claims\) \|\| [^\n]*return true;/, ""],
+    ],
+  },
+  {
+    name: "a message is deleted when it is received",
+    edits: [[/const result = await runSteps\(ctx, work\);/, "await remove();\n    const result = await runSteps(ctx, work);"]],
+  },
+  {
+    name: "the old one is detached before the new one is attached",
+    edits: [
+      [
+        /if \(standing === "healthy" && !refused\) return "decrement";/,
+        'if (standing !== "none" && !refused) return "decrement";',
+      ],
+      [/else if \(decrement && !item\.forced [^\n]*"not ready"\);/, ""],
+    ],
+  },
+  { name: "the deadline is a minute late", edits: [[/deadlineSeconds: 120,/, "deadlineSeconds: 180,"]] },
+  {
+    name: "what is in no group is never swept up",
+    edits: [[/return x\.ageMs > LEAK_MS \? "end outside" : "leave";/, 'return "leave";']],
+  },
+  {
+    name: "of two replacements the loser stays",
+    edits: [
+      [/if \(!x\.isWinner && x\.winnerInService\) return "end outside";/, 'if (!x.isWinner) return "leave";'],
+      [/if \(!x\.isWinner\) return x\.winnerInService \? "end member" : "leave";/, 'if (!x.isWinner) return "leave";'],
+    ],
+  },
+  {
+    name: "no termination message is sent",
+    edits: [[/\{ name: "send termination message", run: sendTerminationMessage \},/, ""]],
+  },
+  {
+    name: "whatever a termination message names is ended",
+    edits: [[/const isMarked = old\?\.tags\[TAG\.detached\] === group;/, "const isMarked = true;"]],
+  },
+  {
+    name: "an old one is tagged after it is detached",
+    edits: [
+      [/await ctx\.cloud\.tag\(\s*ready\.map\(\(i\) => i\.old\),\s*\{ \[TAG\.detached\]: name \},\s*\);/, ""],
+      [
+        /await settle\(ctx, name, settled\);\n {2}return items/,
+        "if (ready.length) await ctx.cloud.tag(ready.map((i) => i.old), { [TAG.detached]: name });\n  await settle(ctx, name, settled);\n  return items",
+      ],
+    ],
+  },
+  {
+    name: "the replacement stays protected from scale-in",
+    edits: [[/await protect\(ctx, name, isKept\(false\), false\);/, ""]],
+  },
+  {
+    name: "nobody looks for an earlier launch",
+    edits: [[/const claim = winner\(await claimsOf\(ctx, work\.instance\)\);/, "const claim = winner([]);"]],
+  },
+  { name: "a batch is tagged in the order of the answer", edits: [[/\n {2}ids\.sort\(\);/, ""]] },
+  {
+    name: "leases are never renewed",
+    edits: [[/if \([^\n]*>= dueMs\) void hold\([^\n]*/, ""]],
+  },
+];
+
+const FOLDER = join(import.meta.dir, "../../node_modules/.cache/mutants");
+
+/** Writes the program with this bug where its imports still resolve, and where git and the linter do not look. */
+export async function writeMutant(mutation: Mutation): Promise<string> {
+  let source = await Bun.file(join(import.meta.dir, "../../maxgroup.ts")).text();
+  for (const [find, put] of mutation.edits) {
+    const count = [...source.matchAll(new RegExp(find.source, `g${find.flags}`))].length;
+    if (count !== 1) throw new Error(`the mutation "${mutation.name}" fits in ${count} places of maxgroup.ts: ${find.source}`);
+    source = source.replace(find, () => put);
+  }
+  source = source.replaceAll(/ from "\.\//g, ' from "../../../');
+  mkdirSync(FOLDER, { recursive: true });
+  const path = join(FOLDER, `${mutation.name.replaceAll(/\W+/g, "-")}.${process.pid}.ts`);
+  writeFileSync(path, source);
+  return path;
+}
