@@ -64,6 +64,10 @@ if ! test -e $@; then \
 fi
 endef
 
+# The servers that are built from source, for the folders of test/ that need them. (Without Go those tests are
+# skipped, or in CI fail.)
+SERVERS := $(if $(shell command -v go),$(filter $(or $(ONLY),kube consul),kube consul))
+
 .PHONY: help
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r name what; do \
@@ -74,8 +78,16 @@ demo: dist/max_group $(MODULES) ## see an interruption handled from notice to en
 	@$(BUN) test/demo.ts
 
 .PHONY: test
-test: dist/max_group $(MODULES) $(MOTO)/.complete ## all tests; ONLY="unit sim" for some folders of test/ only
+test: dist/max_group $(MODULES) $(MOTO)/.complete $(SERVERS) ## all tests; ONLY="unit sim" for some folders of test/ only
 	@MOTO_SERVER=$(MOTO)/bin/moto_server $(BUN) test/run.ts $(ONLY)
+
+.PHONY: sim
+sim: $(MODULES) ## lives of random fleets under faults, in virtual time; SEEDS=2000 for so many
+	@$(BUN) test/sim/run.ts $(or $(SEEDS),200)
+
+.PHONY: bench
+bench: dist/max_group $(MODULES) ## how fast it is, and what it needs: one table
+	@$(BUN) test/bench.ts
 
 .PHONY: check check-types check-style check-template check-scripts
 check: check-types check-style check-template check-scripts ## types, lint and format, the CloudFormation template, shell scripts
@@ -154,7 +166,12 @@ dist/SHA256SUMS: dist/max_group.zip dist/max_group-arm64.zip
 	@cd dist && sha256sum max_group.zip max_group-arm64.zip >SHA256SUMS.new && mv SHA256SUMS.new SHA256SUMS
 	@cat $@
 
-# ---- What is fetched -------------------------------------------------------------------------------------
+# ---- What is built from source, or fetched -------------------------------------------------------------------------------------
+
+# Each script is its own stamp, and takes no time where nothing is to be done.
+.PHONY: kube consul
+kube consul:
+	@test/$@/build.sh
 
 $(MODULES): package.json bun.lock | $(BUN)
 	@$(call quiet,$(BUN) install --frozen-lockfile)
