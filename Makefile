@@ -86,8 +86,8 @@ sim: $(MODULES) ## lives of random fleets under faults, in virtual time; SEEDS=2
 	@$(BUN) test/sim/run.ts $(or $(SEEDS),200)
 
 .PHONY: bench
-bench: dist/max_group $(MODULES) ## how fast it is, and what it needs: one table
-	@$(BUN) test/bench.ts
+bench: dist/max_group $(MODULES) ## what it costs, in one table (six minutes); ONLY="start waves" for some sections
+	@$(BUN) test/bench.ts $(if $(FULL),--full) $(ONLY)
 
 .PHONY: check check-types check-style check-template check-scripts
 check: check-types check-style check-template check-scripts ## types, lint and format, the CloudFormation template, shell scripts

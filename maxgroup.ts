@@ -1442,7 +1442,8 @@ async function receiveLoop(ctx: Ctx, name: QueueName): Promise<void> {
   while (!ctx.signal.aborted) {
     try {
       if (ctx.state.inHand.size >= MAX_IN_HAND) await pause(ctx, 100);
-      else if (await receive(ctx.state.config.global[name].wait_time_seconds)) while (extras < MAX_RECEIVES - 1) void extra();
+      else if (await receive(ctx.state.config.global[name].wait_time_seconds))
+        for (let n = extras; n < MAX_RECEIVES - 1; n++) void extra();
     } catch (error) {
       if (ctx.signal.aborted) return;
       if (failures++ % 20 === 0)
