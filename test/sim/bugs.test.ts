@@ -96,3 +96,17 @@ test("a decrement that the minimum refuses for good does not hold up the group's
   await s.seconds(3600);
   expect([...s.world.ec2.instances.values()].some((i) => i.tags.get("spotmax:replaces") === other)).toBe(true);
 });
+
+test("more messages than a daemon holds in hand are all taken, one after the other", async () => {
+  const s = new Stage({ checkOutputs: false, latencyMs: [0, 0] });
+  s.group({ name: "web", ...three });
+  await s.start({ level: "error" });
+  for (let i = 0; i < 15_000; i++) {
+    const id = `i-${i.toString(16).padStart(17, "0")}`;
+    s.world.sendRaw(
+      s.queues.interruption,
+      s.world.event("EC2 Instance Rebalance Recommendation", "aws.ec2", [], { "instance-id": id }),
+    );
+  }
+  await s.quiet(3600);
+}, 60_000);
