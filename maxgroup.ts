@@ -459,6 +459,8 @@ export type Deps = {
   s3: Sender<S3Client>;
   /** SQS v3 sends to the queue's own host and warns where that is not the client's: one client a host. */
   sqs: (queueUrl: string) => Sender<SQSClient>;
+  /** HTTP to whatever is no AWS service. */
+  fetch: (url: string, init?: BunFetchRequestInit) => Promise<Response>;
   /** Milliseconds since 1970. */
   now: () => number;
   /** Rejects with the signal's reason when it is aborted. */
@@ -3653,6 +3655,7 @@ function realDeps(flags: Flags, log: Log): Deps {
       clients.set(origin, client);
       return client;
     },
+    fetch: (url, init) => fetch(url, init),
     now: Date.now,
     sleep: (ms, signal) =>
       new Promise((resolve, reject) => {

@@ -112,6 +112,7 @@ function startProgram(world: World, clock: Clock, config: Config): Program {
     elb: client(world, "elbv2"),
     s3: client(world, "s3"),
     sqs: () => sqs,
+    fetch,
     now: () => clock.now(),
     sleep: (ms, signal) => clock.sleep(ms, signal),
     random: () => world.random.next(),

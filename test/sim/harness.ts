@@ -42,6 +42,10 @@ export class Stage {
   #daemons = 0;
   readonly #program: Program;
   groups: Record<string, object> = {};
+  /** Answers what a daemon asks over plain HTTP; by default nobody listens there. */
+  http: (url: string, init?: BunFetchRequestInit) => Promise<Response> = async (url) => {
+    throw Object.assign(new Error(`nobody listens at ${url}`), { code: "ECONNREFUSED" });
+  };
 
   constructor({ program = maxgroup, ...options }: Partial<WorldOptions> & { program?: Program } = {}) {
     this.#program = program;
@@ -123,6 +127,10 @@ export class Stage {
       elb: wrap(client(this.world, "elbv2")),
       s3: wrap(client(this.world, "s3")),
       sqs: () => sqs,
+      fetch: (url, init) => {
+        if (!dead) onAwait?.();
+        return dead ? never : alive(this.http(url, init));
+      },
       now,
       sleep: (ms, signal) => {
         if (!dead) onAwait?.();
