@@ -570,6 +570,127 @@ async function aws<T>(
   }
 }
 
+// ─── Pacing ──────────────────────────────────────────────────────────────────────────────────────────────
+// AWS gives an account so many requests a second, for all who live in it, and says how many only by refusing. So
+// each of its buckets is free until it refuses: then it goes on at the pace of what was granted in the last second,
+// and faster again as long as nothing is refused. What changes something goes before what only reads. Our own
+// batched reads are sparing from the start: a few at once, then two a second, which makes them fuller.
+
+export type Pace = {
+  /** Waits for its turn and uses it; `rank` 0 goes first. Rejects when the program stops. */
+  take: (rank: number) => Promise<void>;
+  /** Waits until a turn is free, and leaves it there. */
+  room: () => Promise<void>;
+  granted: () => void;
+  refused: () => void;
+};
+
+/** `burst` at once and `perSecond` after that; both without limit until `refused` says otherwise. */
+export function makePace(
+  deps: Pick<Deps, "now" | "sleep">,
+  signal: AbortSignal,
+  { burst = Number.POSITIVE_INFINITY, perSecond = Number.POSITIVE_INFINITY } = {},
+): Pace {
+  type Waiting = { rank: number; uses: number; go: () => void; stop: (reason: unknown) => void };
+  const waiting: Waiting[] = [];
+  const grants: number[] = [];
+  let [tokens, rate, atMs, cutMs, isPumping] = [burst, perSecond, deps.now(), Number.NEGATIVE_INFINITY, false];
+  const lastSecond = () => {
+    while (grants.length && deps.now() - (grants[0] ?? 0) > 1_000) grants.shift();
+    return grants.length;
+  };
+  const refill = () => {
+    const seconds = (deps.now() - atMs) / 1000;
+    atMs = deps.now();
+    if (cutMs > 0) rate *= 1.2 ** seconds;
+    if (rate > 1_000) [rate, cutMs] = [Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY];
+    const most = cutMs > 0 ? Math.max(1, rate) : burst;
+    tokens = Number.isFinite(rate) ? Math.min(most, tokens + seconds * rate) : most;
+  };
+  const pump = async () => {
+    isPumping = true;
+    try {
+      for (;;) {
+        refill();
+        for (let next = waiting[0]; next && tokens >= 1; next = waiting[0]) {
+          waiting.shift();
+          tokens -= next.uses;
+          next.go();
+        }
+        if (!waiting.length) break;
+        await deps.sleep(Math.max(1, Math.ceil((1000 * (1 - tokens)) / rate)), signal);
+      }
+    } catch {
+      for (const { stop } of waiting.splice(0)) stop(new Stopped("stopping")); // sleep rejects for that alone
+    }
+    isPumping = false;
+  };
+  const wait = (rank: number, uses: number) => {
+    if (!isPumping) refill();
+    if (!waiting.length && tokens >= 1) {
+      tokens -= uses;
+      return Promise.resolve();
+    }
+    return new Promise<void>((go, stop) => {
+      const place = waiting.findIndex((w) => w.rank > rank);
+      waiting.splice(place < 0 ? waiting.length : place, 0, { rank, uses, go, stop });
+      if (!isPumping) void pump();
+    });
+  };
+  return {
+    take: (rank) => wait(rank, 1),
+    room: () => wait(1, 0),
+    granted: () => {
+      grants.push(deps.now());
+      if (grants.length > 100) lastSecond();
+    },
+    refused: () => {
+      tokens = Math.min(tokens, 0);
+      if (deps.now() - cutMs < 1_000) return; // one lesson from what was under way together
+      const known = Number.isFinite(rate) ? rate : 10;
+      [rate, cutMs, atMs] = [Math.max(0.5, Math.min(known, lastSecond()) * 0.8), deps.now(), deps.now()];
+    },
+  };
+}
+
+function paceOf(ctx: Ctx, bucket: string, limits?: { burst: number; perSecond: number }): Pace {
+  const known = ctx.state.paces.get(bucket);
+  if (known) return known;
+  const made = makePace(ctx.deps, ctx.signal, limits);
+  ctx.state.paces.set(bucket, made);
+  return made;
+}
+
+/** EC2 counts these apart; all other changes share one bucket, and so do reads. Auto Scaling has one for all. */
+const OWN_BUCKET = new Set(["RunInstances", "TerminateInstances", "CreateTags", "CreateSnapshot", "CreateVolume"]);
+const isRead = (operation: string) => /^(Describe|Get)/.test(operation);
+function bucketOf(service: "ec2" | "autoscaling" | "elb", operation: string): string {
+  if (service !== "ec2") return service;
+  return OWN_BUCKET.has(operation) ? `ec2 ${operation}` : isRead(operation) ? "ec2 reads" : "ec2 changes";
+}
+const THROTTLED = /Throttl|RequestLimitExceeded|TooManyRequests/;
+
+/** The same client, at AWS's pace. */
+function paced<C extends { send: unknown }>(ctx: Ctx, service: "ec2" | "autoscaling" | "elb", client: C): C {
+  type Send = (command: { schema?: unknown }, options?: unknown) => Promise<unknown>;
+  const inner = client.send as Send;
+  const send: Send = async (command, options) => {
+    // [kind, namespace, name, ...]: a class's own name does not outlive the minifier.
+    const operation = Array.isArray(command.schema) ? String(command.schema[2]) : "";
+    const pace = paceOf(ctx, bucketOf(service, operation));
+    await pace.take(isRead(operation) ? 1 : 0);
+    try {
+      const answer = await inner.call(client, command, options);
+      pace.granted();
+      return answer;
+    } catch (error) {
+      if (THROTTLED.test(errorName(error))) pace.refused();
+      throw error;
+    }
+  };
+  return { ...client, send };
+}
+
 // ─── Natural batching ────────────────────────────────────────────────────────────────────────────────────
 // What is asked for in the same turn, or while earlier calls are under way, shares the next call. Nobody waits
 // for a timer: an idle batcher sends a lone item at once, a busy one fills its calls by itself.
@@ -587,21 +708,33 @@ export function batcher<K, V>(
     parallel = 1,
     eager = false,
     alike = () => "",
-  }: { limit: number; parallel?: number; eager?: boolean; alike?: (item: K) => string },
+    room,
+  }: { limit: number; parallel?: number; eager?: boolean; alike?: (item: K) => string; room?: () => Promise<void> },
   run: (items: K[]) => Promise<(V | Error)[]>,
 ): Batcher<K, V> {
   type Waiting = { item: K; resolve: (value: V) => void; reject: (reason: unknown) => void };
   const queues = new Map<string, Waiting[]>();
   const running = new Map<string, number>();
+  /** Calls that wait for room: whatever comes meanwhile goes with them. */
+  const starting = new Map<string, number>();
   let all = 0;
   let turn = false;
-  const flush = async (kind: string, batch: Waiting[]) => {
+  const flush = async (kind: string, queued: Waiting[]) => {
     const count = (by: number) => {
       running.set(kind, (running.get(kind) ?? 0) + by);
       all += by;
     };
     count(1);
+    let batch: Waiting[] = [];
     try {
+      if (room) {
+        starting.set(kind, (starting.get(kind) ?? 0) + 1);
+        await room().finally(() => {
+          starting.set(kind, (starting.get(kind) ?? 1) - 1);
+          batch = queued.splice(0, limit);
+        });
+      } else batch = queued.splice(0, limit);
+      if (!batch.length) return;
       const answers = await run(batch.map((w) => w.item));
       batch.forEach(({ resolve, reject }, i) => {
         const answer = answers[i];
@@ -612,15 +745,19 @@ export function batcher<K, V>(
       for (const { reject } of batch) reject(error);
     } finally {
       count(-1);
-      if (!running.get(kind)) running.delete(kind);
+      if (!running.get(kind)) {
+        running.delete(kind);
+        starting.delete(kind);
+        if (!queued.length && queues.get(kind) === queued) queues.delete(kind);
+      }
       pump();
     }
   };
   const pump = () => {
     for (const [kind, queued] of queues) {
-      const ready = () => queued.length > 0 && all < parallel && (eager || !running.get(kind) || queued.length >= limit);
-      while (ready()) void flush(kind, queued.splice(0, limit));
-      if (!queued.length) queues.delete(kind);
+      const left = () => queued.length - limit * (starting.get(kind) ?? 0);
+      const ready = () => left() > 0 && all < parallel && (eager || !running.get(kind) || left() >= limit);
+      while (ready()) void flush(kind, queued);
     }
   };
   const add = (item: K) =>
@@ -639,9 +776,16 @@ export function batcher<K, V>(
   return Object.assign(add, { waiting: () => queues.values().reduce((sum, q) => sum + q.length, 0) });
 }
 
+const SPARING = { burst: 30, perSecond: 2 };
 /** A batched read by key: equal keys share one place in the call; what is absent comes back undefined. */
-function reader<V>(deps: Deps, limit: number, parallel: number, read: (keys: string[]) => Promise<Map<string, V>>) {
-  return batcher<string, V | undefined>(deps, { limit, parallel }, async (keys) => {
+function reader<V>(
+  ctx: Ctx,
+  name: string,
+  { limit, parallel }: { limit: number; parallel: number },
+  read: (keys: string[]) => Promise<Map<string, V>>,
+) {
+  const pace = paceOf(ctx, `reading ${name}`, SPARING);
+  return batcher<string, V | undefined>(ctx.deps, { limit, parallel, room: () => pace.take(1) }, async (keys) => {
     const found = await read([...new Set(keys)]);
     return keys.map((key) => found.get(key));
   });
@@ -893,17 +1037,17 @@ function makeCloud(ctx: Ctx) {
   return {
     describe,
     /** By filter, not by ID: an unknown ID is then absent instead of failing the whole call. */
-    instance: reader<Ec2Instance>(deps, 200, 4, async (ids) => {
+    instance: reader<Ec2Instance>(ctx, "instance", { limit: 200, parallel: 4 }, async (ids) => {
       const found = await describe("reading instances", [{ Name: "instance-id", Values: ids }]);
       return new Map(found.map((i) => [i.id, i]));
     }),
     /** Every instance, dead ones included, whose spotmax:replaces names this one. AWS allows 200 values a filter. */
-    naming: reader<Ec2Instance[]>(deps, 200, 4, async (olds) => {
+    naming: reader<Ec2Instance[]>(ctx, "naming", { limit: 200, parallel: 4 }, async (olds) => {
       const found = await describe("looking for claims", [{ Name: `tag:${TAG.replaces}`, Values: olds.map((id) => `*${id}*`) }]);
       return new Map(olds.map((id) => [id, found.filter((i) => (i.tags[TAG.replaces] ?? "").split(" ").includes(id))]));
     }),
     /** Every volume whose data is this instance's. */
-    volumesOf: reader<Volume[]>(deps, 100, 4, async (owners) => {
+    volumesOf: reader<Volume[]>(ctx, "volumesOf", { limit: 100, parallel: 4 }, async (owners) => {
       const Filters = [{ Name: `tag:${TAG.volume}`, Values: owners }];
       const { Volumes = [] } = await aws(ctx, "reading volumes", (o) =>
         deps.ec2.send(new DescribeVolumesCommand({ Filters, MaxResults: 500 }), o),
@@ -913,7 +1057,7 @@ function makeCloud(ctx: Ctx) {
         (v) => v.tags[TAG.volume] ?? "",
       );
     }),
-    member: reader<Member>(deps, 50, 4, async (ids) => {
+    member: reader<Member>(ctx, "member", { limit: 50, parallel: 4 }, async (ids) => {
       const { AutoScalingInstances = [] } = await aws(ctx, "finding groups", (o) =>
         deps.autoScaling.send(new DescribeAutoScalingInstancesCommand({ InstanceIds: ids }), o),
       );
@@ -938,14 +1082,14 @@ function makeCloud(ctx: Ctx) {
         ),
       );
     }),
-    group: reader<Group>(deps, 50, 4, async (names) => {
+    group: reader<Group>(ctx, "group", { limit: 50, parallel: 4 }, async (names) => {
       const { AutoScalingGroups = [] } = await aws(ctx, "reading groups", (o) =>
         deps.autoScaling.send(new DescribeAutoScalingGroupsCommand({ AutoScalingGroupNames: names, MaxRecords: 100 }), o),
       );
       return new Map(AutoScalingGroups.flatMap((g) => toGroup(g) ?? []).map((g) => [g.name, g]));
     }),
     /** The scaling activities that name one of these instances (keys: group, space, instance), newest first; one reading a group. */
-    activities: reader<Activity[]>(deps, 100, 2, async (keys) => {
+    activities: reader<Activity[]>(ctx, "activities", { limit: 100, parallel: 2 }, async (keys) => {
       const found = new Map<string, Activity[]>(keys.map((key) => [key, []]));
       for (const [name, wanted] of Map.groupBy(keys, (key) => key.slice(0, key.lastIndexOf(" ")))) {
         const missing = new Map(wanted.map((key) => [key.slice(name.length + 1), key]));
@@ -1078,6 +1222,8 @@ export type State = {
   /** Pools that failed or are being reclaimed, until when (ms); a hint only. */
   failedPools: Map<string, number>;
   lanes: Map<string, Lane>;
+  /** How fast AWS's request buckets let us go, and our own reads. */
+  paces: Map<string, Pace>;
   /** Launch templates and subnets, a minute each. */
   cache: Map<string, { atMs: number; value: Promise<unknown> }>;
   /** When the manager first saw a claim outside every group. */
@@ -1119,6 +1265,7 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     admitted: new Map(),
     failedPools: new Map(),
     lanes: new Map(),
+    paces: new Map(),
     cache: new Map(),
     outsideSince: new Map(),
     actedMs: new Map(),
@@ -1130,6 +1277,12 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     firstPass: Promise.resolve(),
   };
   const ctx = { deps, state, signal } as Ctx;
+  ctx.deps = {
+    ...deps,
+    ec2: paced(ctx, "ec2", deps.ec2),
+    autoScaling: paced(ctx, "autoscaling", deps.autoScaling),
+    elb: paced(ctx, "elb", deps.elb),
+  };
   ctx.cloud = makeCloud(ctx);
   return ctx;
 }
@@ -1138,17 +1291,20 @@ function lane(ctx: Ctx, group: string): Lane {
   const known = ctx.state.lanes.get(group);
   if (known) return known;
   const exclusive = mutex();
+  const { room } = paceOf(ctx, "autoscaling");
   const made: Lane = {
     exclusive,
-    launch: batcher(ctx.deps, { limit: 10, parallel: 8, eager: true, alike: (item) => item.ask }, (items) =>
-      launchBatch(ctx, group, items),
+    launch: batcher(
+      ctx.deps,
+      { limit: 10, parallel: 8, eager: true, alike: (item) => item.ask, room: paceOf(ctx, "ec2 changes").room },
+      (items) => launchBatch(ctx, group, items),
     ),
-    attach: batcher(ctx.deps, { limit: 20 }, (items) => exclusive(() => attachBatch(ctx, group, items))),
-    protect: batcher(ctx.deps, { limit: 50 }, async (ids) => {
+    attach: batcher(ctx.deps, { limit: 20, room }, (items) => exclusive(() => attachBatch(ctx, group, items))),
+    protect: batcher(ctx.deps, { limit: 50, room }, async (ids) => {
       await protect(ctx, group, ids, true);
       return ids.map(() => undefined);
     }),
-    detach: batcher(ctx.deps, { limit: 20, alike: (item) => String(item.decrement) }, (items) =>
+    detach: batcher(ctx.deps, { limit: 20, alike: (item) => String(item.decrement), room }, (items) =>
       exclusive(() => detachBatch(ctx, group, items)),
     ),
   };
