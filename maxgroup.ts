@@ -533,8 +533,15 @@ async function pause(ctx: Ctx, ms: number): Promise<void> {
     throw cause;
   }
 }
-/** Waits for the next full multiple of `ms`, so that all who wait wake together and share their reads. */
-const tick = (ctx: Ctx, ms: number) => pause(ctx, ms - (ctx.deps.now() % ms));
+/**
+ * Waits for the next full multiple of a second, so that all who wait wake together and share their reads; in a wave of
+ * three, for AWS's request rates are what is short then, except in the last seconds before a deadline.
+ */
+const tick = (ctx: Ctx, deadlineMs = Number.POSITIVE_INFINITY) => {
+  const ms = ctx.state.inHand.size > WAVE && deadlineMs - cloudNow(ctx) > 15_000 ? 3_000 : 1_000;
+  return pause(ctx, ms - (ctx.deps.now() % ms));
+};
+const WAVE = 100;
 
 /**
  * One AWS call with its own time limit and, unless `tries` is 1, retries with jittered backoff on what RETRYABLE
@@ -777,7 +784,7 @@ export function batcher<K, V>(
 }
 
 const SPARING = { burst: 30, perSecond: 2 };
-/** A batched read by key: equal keys share one place in the call; what is absent comes back undefined. */
+/** A batched read by key: who asks for what is not under way yet shares its place; what is absent comes back undefined. */
 function reader<V>(
   ctx: Ctx,
   name: string,
@@ -785,10 +792,17 @@ function reader<V>(
   read: (keys: string[]) => Promise<Map<string, V>>,
 ) {
   const pace = paceOf(ctx, `reading ${name}`, SPARING);
-  return batcher<string, V | undefined>(ctx.deps, { limit, parallel, room: () => pace.take(1) }, async (keys) => {
-    const found = await read([...new Set(keys)]);
+  const waiting = new Map<string, Promise<V | undefined>>();
+  const ask = batcher<string, V | undefined>(ctx.deps, { limit, parallel, room: () => pace.take(1) }, async (keys) => {
+    for (const key of keys) waiting.delete(key);
+    const found = await read(keys);
     return keys.map((key) => found.get(key));
   });
+  return (key: string) => {
+    const asked = waiting.get(key) ?? ask(key);
+    waiting.set(key, asked);
+    return asked;
+  };
 }
 
 /** Runs one after another what must not overlap. */
@@ -988,6 +1002,27 @@ export function howItLeft(
   return detachedTag ? "decremented" : "unknown";
 }
 
+async function tagAll(ctx: Ctx, ids: string[], tags: Record<string, string>, patienceMs: number): Promise<void> {
+  const until = ctx.deps.now() + patienceMs;
+  const Tags = Object.entries(tags).map(([Key, Value]) => ({ Key, Value }));
+  for (let left = ids; left.length; ) {
+    const Resources = left;
+    try {
+      await aws(ctx, `tagging ${left.join(" ")}`, (o) => ctx.deps.ec2.send(new CreateTagsCommand({ Resources, Tags }), o));
+      return;
+    } catch (error) {
+      if (!NOT_FOUND.has(errorName(error))) throw error;
+      if (ctx.deps.now() < until) {
+        await pause(ctx, 1_000);
+        continue;
+      }
+      const unknown = new Set(named((error as Error).cause));
+      left = left.filter((id) => !unknown.has(id));
+      if (left.length === Resources.length) throw error;
+    }
+  }
+}
+
 /** All batched reads and queue writes; the numbers are AWS's own limits a call. */
 function makeCloud(ctx: Ctx) {
   const { deps } = ctx;
@@ -1034,6 +1069,21 @@ function makeCloud(ctx: Ctx) {
       }
       return items.map((item) => faults.get(item));
     });
+  /** The same tags for several share a call. */
+  type Tagging = { ids: string[]; tags: Record<string, string>; patienceMs: number };
+  const tagBatch = batcher<Tagging, void>(
+    deps,
+    {
+      limit: 40,
+      parallel: 8,
+      alike: ({ tags, patienceMs }) => JSON.stringify([tags, patienceMs]),
+      room: paceOf(ctx, "ec2 CreateTags").room,
+    },
+    async (items) => {
+      await tagAll(ctx, [...new Set(items.flatMap((i) => i.ids))], items[0]?.tags ?? {}, items[0]?.patienceMs ?? 0);
+      return items.map(() => undefined);
+    },
+  );
   return {
     describe,
     /** By filter, not by ID: an unknown ID is then absent instead of failing the whole call. */
@@ -1161,31 +1211,9 @@ function makeCloud(ctx: Ctx) {
         o,
       ),
     ),
-    /** One CreateTags for a whole batch. Just after a launch AWS may not know the ID yet: patience, `patienceMs` long; then those unknown are left out. */
-    tag: async (ids: string[], tags: Record<string, string>, patienceMs = 0) => {
-      const until = deps.now() + patienceMs;
-      for (let left = ids; left.length; ) {
-        try {
-          await aws(ctx, `tagging ${left.join(" ")}`, (o) =>
-            deps.ec2.send(
-              new CreateTagsCommand({ Resources: left, Tags: Object.entries(tags).map(([Key, Value]) => ({ Key, Value })) }),
-              o,
-            ),
-          );
-          return;
-        } catch (error) {
-          if (!NOT_FOUND.has(errorName(error))) throw error;
-          if (deps.now() < until) {
-            await pause(ctx, 1_000);
-            continue;
-          }
-          const unknown = new Set(named((error as Error).cause));
-          const known = left.filter((id) => !unknown.has(id));
-          if (known.length === left.length) throw error;
-          left = known;
-        }
-      }
-    },
+    /** Just after a launch AWS may not know an ID yet: patience, `patienceMs` long; then those unknown are left out. */
+    tag: (ids: string[], tags: Record<string, string>, patienceMs = 0) =>
+      ids.length ? tagBatch({ ids, tags, patienceMs }) : Promise.resolve(),
     terminate: async (ids: string[]) => {
       try {
         await aws(ctx, `terminating ${ids.join(" ")}`, (o) =>
@@ -1250,6 +1278,7 @@ export type Lane = {
   launch: Batcher<LaunchItem, string | undefined>;
   attach: Batcher<AttachItem, AttachVerdict>;
   protect: Batcher<string, void>;
+  release: Batcher<string, void>;
   detach: Batcher<DetachItem, DetachVerdict>;
 };
 
@@ -1292,6 +1321,11 @@ function lane(ctx: Ctx, group: string): Lane {
   if (known) return known;
   const exclusive = mutex();
   const { room } = paceOf(ctx, "autoscaling");
+  const setProtection = (isProtected: boolean) =>
+    batcher<string, void>(ctx.deps, { limit: 50, room }, async (ids) => {
+      await protect(ctx, group, ids, isProtected);
+      return ids.map(() => undefined);
+    });
   const made: Lane = {
     exclusive,
     launch: batcher(
@@ -1300,10 +1334,8 @@ function lane(ctx: Ctx, group: string): Lane {
       (items) => launchBatch(ctx, group, items),
     ),
     attach: batcher(ctx.deps, { limit: 20, room }, (items) => exclusive(() => attachBatch(ctx, group, items))),
-    protect: batcher(ctx.deps, { limit: 50, room }, async (ids) => {
-      await protect(ctx, group, ids, true);
-      return ids.map(() => undefined);
-    }),
+    protect: setProtection(true),
+    release: setProtection(false),
     detach: batcher(ctx.deps, { limit: 20, alike: (item) => String(item.decrement), room }, (items) =>
       exclusive(() => detachBatch(ctx, group, items)),
     ),
@@ -2109,7 +2141,7 @@ async function claimsOf(ctx: Ctx, old: string): Promise<Ec2Instance[]> {
     const unordered = [...seen.values()].filter((c) => c.tags[TAG.replaces]?.includes(" ") && !c.tags[TAG.order]);
     if (!unordered.length) return [...seen.values()].filter((c) => replacedBy(c) === old);
     // Whoever launched the batch writes its order in a moment; after 30 s it is taken to be dead.
-    if (unordered.some((c) => cloudNow(ctx) - c.launchedMs < 30_000)) await tick(ctx, 1_000);
+    if (unordered.some((c) => cloudNow(ctx) - c.launchedMs < 30_000)) await tick(ctx);
     else await writeOrders(ctx, unordered);
   }
 }
@@ -2505,7 +2537,7 @@ async function waitUntilRunning(ctx: Ctx, work: Work): Promise<Result> {
     if (claim?.state === "running") return done;
     // A launch may take seconds to show up at all.
     if (claim ? !isLiving(claim) : ctx.deps.now() - sinceMs > 60_000) return lostClaim(ctx, work, claim);
-    await tick(ctx, 1_000);
+    await tick(ctx);
   }
 }
 
@@ -2733,6 +2765,12 @@ async function attach(ctx: Ctx, work: Work): Promise<Result> {
   }
 }
 
+/** The detach is in hand and waits for nothing but this replacement's service: there is no "beside" to be protected in. */
+const isDetachNear = (ctx: Ctx, work: Work, group: Group): boolean =>
+  !group.targetGroups.length &&
+  !work.options.k8s_node_drain_option &&
+  ctx.state.inHand.values().some((w) => w.queue === "detach_evt_sqs" && w.instance === work.instance);
+
 /** Protects a replacement from scale-in while it stands beside its old one; AWS refuses that before it is in service. */
 async function guard(ctx: Ctx, work: Work, claim: string): Promise<Result> {
   for (let round = 0; round < 60; round++) {
@@ -2740,15 +2778,16 @@ async function guard(ctx: Ctx, work: Work, claim: string): Promise<Result> {
     const member = group?.members.get(claim);
     const known = ctx.state.claims.get(claim);
     if (!isStaying(group?.members.get(work.instance)) || member?.isProtected || (known && isSettled(known))) break;
+    if (group && isDetachNear(ctx, work, group)) break;
     if (member?.lifecycleState === "InService") {
       await lane(ctx, work.group).protect(claim);
       // Whoever detached the old one meanwhile took the protection off before it was put on.
       const left = !isStaying((await ctx.cloud.group(work.group))?.members.get(work.instance));
-      if (left && !work.oldProtected) await protect(ctx, work.group, [claim], false);
+      if (left && !work.oldProtected) await lane(ctx, work.group).release(claim);
       break;
     }
     if (!member && round > 10) break;
-    await tick(ctx, 1_000);
+    await tick(ctx);
   }
   return done;
 }
@@ -2851,15 +2890,19 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
       if (standing === "none") return skip("its replacement is gone: the old one stays", "warn");
       return retry(`replacement ${work.claim ?? ""} is ${standing}`, work.refused || standing === "outside" ? 60 : 15);
     }
-    await tick(ctx, 1_000);
+    await tick(ctx, work.deadlineMs);
   }
 }
 
 /** Settles claims: scale-in may choose them again, and nobody looks at them as claims any more. */
-async function settle(ctx: Ctx, name: string, claims: { id: string; keepProtected: boolean }[]): Promise<void> {
+async function settle(
+  ctx: Ctx,
+  name: string,
+  claims: { id: string; keepProtected: boolean; isProtected?: boolean }[],
+): Promise<void> {
   const isKept = (kept: boolean) => claims.flatMap((c) => (c.keepProtected === kept ? [c.id] : []));
-  await protect(ctx, name, isKept(false), false);
-  const time = new Date(cloudNow(ctx)).toISOString();
+  await Promise.all(claims.map((c) => (c.keepProtected || c.isProtected === false ? undefined : lane(ctx, name).release(c.id))));
+  const time = new Date(Math.floor(cloudNow(ctx) / 10_000) * 10_000).toISOString(); // alike, so that groups share a call
   for (const kept of [true, false]) {
     const value = kept ? `${time} ${KEPT}` : time;
     await ctx.cloud.tag(isKept(kept), { [TAG.attached]: value });
@@ -2877,7 +2920,7 @@ async function release(ctx: Ctx, group: Group): Promise<void> {
   if (group.protectsNew) return;
   const late = [...ctx.state.claims.values()].filter((c) => {
     const [time = "", kept] = c.tags[TAG.attached]?.split(" ") ?? [];
-    const isFresh = cloudNow(ctx) - Date.parse(time) < 180_000;
+    const isFresh = cloudNow(ctx) - Date.parse(time) < 600_000;
     return isFresh && kept !== KEPT && group.members.get(c.id)?.isProtected;
   });
   await protect(
@@ -2939,7 +2982,7 @@ async function detachBatch(ctx: Ctx, name: string, items: DetachItem[]): Promise
   const chained = await Promise.all(ready.map((i) => openClaimOn(ctx, i.old)));
   const settled = ready.flatMap((i, n) =>
     decrement && i.claim && !chained[n] && verdicts.get(i.old) === "detached" && inService(i.claim)
-      ? [{ id: i.claim, keepProtected: i.oldProtected }]
+      ? [{ id: i.claim, keepProtected: i.oldProtected, isProtected: group?.members.get(i.claim)?.isProtected }]
       : [],
   );
   await settle(ctx, name, settled);
