@@ -1239,6 +1239,8 @@ export type State = {
   /** AWS's clock less this machine's. */
   clockOffsetMs: number;
   clockToldMs: number;
+  /** When a receive last came back full: there is more where that came from. */
+  fullReceiveMs: number;
   /** Messages in hand, by queue and message ID. */
   inHand: Map<string, Work>;
   /** Our living instances as the instance manager last saw them, with those launched since. */
@@ -1288,6 +1290,7 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     groups: new Map(),
     clockOffsetMs: 0,
     clockToldMs: Number.NEGATIVE_INFINITY,
+    fullReceiveMs: Number.NEGATIVE_INFINITY,
     inHand: new Map(),
     claims: new Map(),
     launching: new Map(),
@@ -1321,6 +1324,14 @@ function lane(ctx: Ctx, group: string): Lane {
   if (known) return known;
   const exclusive = mutex();
   const { room } = paceOf(ctx, "autoscaling");
+  // Few calls a second are granted: after the first ones they wait until the wave has come in, and leave full.
+  const launchRoom = async () => {
+    const sinceMs = ctx.deps.now();
+    await paceOf(ctx, "launch calls", { burst: 20, perSecond: 20 }).take(0);
+    const isIn = () => ctx.deps.now() - ctx.state.fullReceiveMs > 250 || ctx.deps.now() - sinceMs > 2_000;
+    while (ctx.deps.now() > sinceMs && !isIn()) await pause(ctx, 50);
+    await paceOf(ctx, "ec2 changes").room();
+  };
   const setProtection = (isProtected: boolean) =>
     batcher<string, void>(ctx.deps, { limit: 50, room }, async (ids) => {
       await protect(ctx, group, ids, isProtected);
@@ -1328,10 +1339,8 @@ function lane(ctx: Ctx, group: string): Lane {
     });
   const made: Lane = {
     exclusive,
-    launch: batcher(
-      ctx.deps,
-      { limit: 10, parallel: 8, eager: true, alike: (item) => item.ask, room: paceOf(ctx, "ec2 changes").room },
-      (items) => launchBatch(ctx, group, items),
+    launch: batcher(ctx.deps, { limit: 10, parallel: 8, eager: true, alike: (item) => item.ask, room: launchRoom }, (items) =>
+      launchBatch(ctx, group, items),
     ),
     attach: batcher(ctx.deps, { limit: 20, room }, (items) => exclusive(() => attachBatch(ctx, group, items))),
     protect: setProtection(true),
@@ -1617,7 +1626,9 @@ async function receiveLoop(ctx: Ctx, name: QueueName): Promise<void> {
     );
     failures = 0;
     for (const message of Messages) void take(ctx, name, queue_url, message);
-    return Messages.length === max_number_of_messages;
+    const isFull = Messages.length === max_number_of_messages;
+    if (isFull) ctx.state.fullReceiveMs = ctx.deps.now();
+    return isFull;
   };
   const extra = async () => {
     extras++;
@@ -3379,7 +3390,10 @@ export function judgeClaim(x: {
 
 async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
   const nowMs = ctx.deps.now();
-  const membersOf = await Promise.all(open.map((c) => ctx.cloud.member(c.id)));
+  // Nearly all are members of their own group, which shows them: one call for fifty groups.
+  const membersOf = await Promise.all(
+    open.map(async (c) => (await ctx.cloud.group(c.tags[TAG.group] ?? ""))?.members.get(c.id) ?? ctx.cloud.member(c.id)),
+  );
   const nameOf = (claim: Ec2Instance, n: number) => membersOf[n]?.group ?? claim.tags[TAG.group] ?? "";
   const groups = new Map(
     await Promise.all([...new Set(open.map(nameOf))].map(async (name) => [name, await ctx.cloud.group(name)] as const)),

@@ -407,7 +407,13 @@ async function wave(count: number, seed: number, isToTheEnd: boolean): Promise<{
   for (const subnet of world.ec2.subnets.values()) subnet.freeAddresses = 60_000;
   const { running, stop } = startProgram(world, clock, parseConfig(configOf(queues, empty(groups.keys()))));
   await clock.advance(60_000);
-  const olds = [...groups.values()].flatMap((members) => members.slice(0, each)).slice(0, count);
+  // In no order, as they come.
+  const olds = [...groups.values()]
+    .flatMap((members) => members.slice(0, each))
+    .slice(0, count)
+    .map((id) => ({ id, at: world.random.next() }))
+    .sort((a, b) => a.at - b.at)
+    .map(({ id }) => id);
   const before = { ...world.calls };
   const refusedBefore = { ...world.refused };
   const sinceMs = clock.now();
