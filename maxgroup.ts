@@ -3405,7 +3405,7 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
     }),
   );
   const rivals = Map.groupBy(ctx.state.claims.values(), (c) => replacedBy(c) ?? c.id);
-  const ended = new Set<string>(); // one surplus at a time and group, each judged on fresh numbers
+  const ended = new Map<string, number>(); // so many surplus ones of a group
   for (const [n, claim] of open.entries()) {
     const member = membersOf[n];
     const old = replacedBy(claim);
@@ -3447,6 +3447,12 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
   }
 }
 
+/**
+ * Surplus members of a group that go in one pass: each takes one from desired and from what is in service, so the
+ * numbers that they were judged on stay true; but those may be old, and what waits may be lost to AZRebalance.
+ */
+const MAX_ENDED = 10;
+
 async function actOnClaim(
   ctx: Ctx,
   what: "settle" | "end outside" | "end member" | "remind",
@@ -3454,7 +3460,7 @@ async function actOnClaim(
   old: string,
   name: string,
   options: GroupOptions,
-  ended: Set<string>,
+  ended: Map<string, number>,
   log: Log,
 ): Promise<void> {
   if (what === "settle") {
@@ -3482,8 +3488,8 @@ async function actOnClaim(
     await ctx.cloud.terminate([claim.id]);
     ctx.state.claims.delete(claim.id);
     log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
-  } else if (!ended.has(name)) {
-    ended.add(name);
+  } else if ((ended.get(name) ?? 0) < MAX_ENDED) {
+    ended.set(name, (ended.get(name) ?? 0) + 1);
     const data = claim.volumes[DATA_DEVICE];
     if (data?.ends)
       return log.error(`${claim.id} is one too many, but ${data.id} at ${DATA_DEVICE} would go with it: left alone`);
