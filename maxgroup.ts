@@ -580,8 +580,7 @@ async function aws<T>(
 // ─── Pacing ──────────────────────────────────────────────────────────────────────────────────────────────
 // AWS gives an account so many requests a second, for all who live in it, and says how many only by refusing. So
 // each of its buckets is free until it refuses: then it goes on at the pace of what was granted in the last second,
-// and faster again as long as nothing is refused. What changes something goes before what only reads. Our own
-// batched reads are sparing from the start: a few at once, then two a second, which makes them fuller.
+// and faster again as long as nothing is refused. What changes something goes before what only reads.
 
 export type Pace = {
   /** Waits for its turn and uses it; `rank` 0 goes first. Rejects when the program stops. */
@@ -783,17 +782,28 @@ export function batcher<K, V>(
   return Object.assign(add, { waiting: () => queues.values().reduce((sum, q) => sum + q.length, 0) });
 }
 
-const SPARING = { burst: 30, perSecond: 2 };
+/** So many calls of one kind in so long leave at once; then a call waits for company, half a second or until it is full. */
+const FREE_READS = 30;
+const FREE_READS_MS = 15_000;
+const COMPANY_MS = 500;
+
 /** A batched read by key: who asks for what is not under way yet shares its place; what is absent comes back undefined. */
 function reader<V>(
   ctx: Ctx,
-  name: string,
   { limit, parallel }: { limit: number; parallel: number },
   read: (keys: string[]) => Promise<Map<string, V>>,
 ) {
-  const pace = paceOf(ctx, `reading ${name}`, SPARING);
+  const { now } = ctx.deps;
+  const recent: number[] = [];
   const waiting = new Map<string, Promise<V | undefined>>();
-  const ask = batcher<string, V | undefined>(ctx.deps, { limit, parallel, room: () => pace.take(1) }, async (keys) => {
+  const room = async () => {
+    const sinceMs = now();
+    const isBusy = () => recent.length >= FREE_READS && now() - (recent[0] ?? 0) < FREE_READS_MS;
+    while (isBusy() && waiting.size < limit && now() - sinceMs < COMPANY_MS) await pause(ctx, 50);
+    recent.push(now());
+    if (recent.length > FREE_READS) recent.shift();
+  };
+  const ask = batcher<string, V | undefined>(ctx.deps, { limit, parallel, room }, async (keys) => {
     for (const key of keys) waiting.delete(key);
     const found = await read(keys);
     return keys.map((key) => found.get(key));
@@ -1087,17 +1097,17 @@ function makeCloud(ctx: Ctx) {
   return {
     describe,
     /** By filter, not by ID: an unknown ID is then absent instead of failing the whole call. */
-    instance: reader<Ec2Instance>(ctx, "instance", { limit: 200, parallel: 4 }, async (ids) => {
+    instance: reader<Ec2Instance>(ctx, { limit: 200, parallel: 4 }, async (ids) => {
       const found = await describe("reading instances", [{ Name: "instance-id", Values: ids }]);
       return new Map(found.map((i) => [i.id, i]));
     }),
     /** Every instance, dead ones included, whose spotmax:replaces names this one. AWS allows 200 values a filter. */
-    naming: reader<Ec2Instance[]>(ctx, "naming", { limit: 200, parallel: 4 }, async (olds) => {
+    naming: reader<Ec2Instance[]>(ctx, { limit: 200, parallel: 4 }, async (olds) => {
       const found = await describe("looking for claims", [{ Name: `tag:${TAG.replaces}`, Values: olds.map((id) => `*${id}*`) }]);
       return new Map(olds.map((id) => [id, found.filter((i) => (i.tags[TAG.replaces] ?? "").split(" ").includes(id))]));
     }),
     /** Every volume whose data is this instance's. */
-    volumesOf: reader<Volume[]>(ctx, "volumesOf", { limit: 100, parallel: 4 }, async (owners) => {
+    volumesOf: reader<Volume[]>(ctx, { limit: 100, parallel: 4 }, async (owners) => {
       const Filters = [{ Name: `tag:${TAG.volume}`, Values: owners }];
       const { Volumes = [] } = await aws(ctx, "reading volumes", (o) =>
         deps.ec2.send(new DescribeVolumesCommand({ Filters, MaxResults: 500 }), o),
@@ -1107,7 +1117,7 @@ function makeCloud(ctx: Ctx) {
         (v) => v.tags[TAG.volume] ?? "",
       );
     }),
-    member: reader<Member>(ctx, "member", { limit: 50, parallel: 4 }, async (ids) => {
+    member: reader<Member>(ctx, { limit: 50, parallel: 4 }, async (ids) => {
       const { AutoScalingInstances = [] } = await aws(ctx, "finding groups", (o) =>
         deps.autoScaling.send(new DescribeAutoScalingInstancesCommand({ InstanceIds: ids }), o),
       );
@@ -1132,14 +1142,14 @@ function makeCloud(ctx: Ctx) {
         ),
       );
     }),
-    group: reader<Group>(ctx, "group", { limit: 50, parallel: 4 }, async (names) => {
+    group: reader<Group>(ctx, { limit: 50, parallel: 4 }, async (names) => {
       const { AutoScalingGroups = [] } = await aws(ctx, "reading groups", (o) =>
         deps.autoScaling.send(new DescribeAutoScalingGroupsCommand({ AutoScalingGroupNames: names, MaxRecords: 100 }), o),
       );
       return new Map(AutoScalingGroups.flatMap((g) => toGroup(g) ?? []).map((g) => [g.name, g]));
     }),
     /** The scaling activities that name one of these instances (keys: group, space, instance), newest first; one reading a group. */
-    activities: reader<Activity[]>(ctx, "activities", { limit: 100, parallel: 2 }, async (keys) => {
+    activities: reader<Activity[]>(ctx, { limit: 100, parallel: 2 }, async (keys) => {
       const found = new Map<string, Activity[]>(keys.map((key) => [key, []]));
       for (const [name, wanted] of Map.groupBy(keys, (key) => key.slice(0, key.lastIndexOf(" ")))) {
         const missing = new Map(wanted.map((key) => [key.slice(name.length + 1), key]));
