@@ -672,6 +672,8 @@ export const TAG = {
   maxSize: "spotmax:max_size",
   /** On a volume: the instance whose data it is; on an instance: its data's volume; on a snapshot: what it copies. */
   volume: "spotmax:volume",
+  /** On a data volume: the one in which its data goes on, in another zone or already on the replacement. */
+  copied: "spotmax:copied",
 } as const;
 export const RESERVED_TAGS = new Set<string>(Object.values(TAG));
 
@@ -1096,6 +1098,9 @@ export type State = {
   firstPass: Promise<unknown>;
   /** Raised maximums that may go back: since when, and since when desired stands above. */
   restoring: Map<string, { calmSinceMs?: number; aboveSinceMs?: number }>;
+  /** Since when a data volume lies available, or that it has been asked after; and when they were last looked for. */
+  leftMs: Map<string, number>;
+  volumesSweptMs: number;
 };
 export type Ctx = { deps: Deps; state: State; cloud: Cloud; signal: AbortSignal };
 /** One group's changes: launches share calls, attaches and detaches are made one after another. */
@@ -1127,6 +1132,8 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     detachSeenMs: new Map(),
     finishedMs: new Map(),
     restoring: new Map(),
+    leftMs: new Map(),
+    volumesSweptMs: Number.NEGATIVE_INFINITY,
     firstPass: Promise.resolve(),
   };
   const ctx = { deps, state, signal } as Ctx;
@@ -1709,7 +1716,7 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   work.old = old;
   if (isOurs) work.oldProtected = group?.protectsNew ?? false;
   const fault = await judge(ctx, work, group);
-  if (fault) return fault;
+  if (fault) return fault.is === "skip" && row?.deadlineSeconds && hasVolume(work) ? keepData(ctx, work, fault) : fault;
 
   if (row?.deadlineSeconds === undefined) return admit(ctx, work, old);
   const first = work.deadlineMs === undefined;
@@ -2923,27 +2930,42 @@ export function toVolume(v: Ec2Volume): Volume | undefined {
 
 /**
  * The device that holds an instance's data: what was moved to it, else the template's own; none for a replacement
- * whose data is still on its way, for what the template made for it is empty.
+ * whose data is still on its way, or has gone past it, for what the template made for it is empty.
  */
-export function dataDevice(i: Ec2Instance, device: string, isOnItsWay: boolean): string | undefined {
+export function dataDevice(i: Ec2Instance, device: string, isElsewhere: boolean): string | undefined {
   if (i.volumes[DATA_DEVICE]) return DATA_DEVICE;
-  return i.volumes[device] && !isOnItsWay ? device : undefined;
+  return i.volumes[device] && !isElsewhere ? device : undefined;
 }
 
-/** Whether data of an earlier instance is yet to come to this one. */
-async function isDataOnItsWay(ctx: Ctx, i: Ec2Instance, depth = 0): Promise<boolean> {
-  const before = replacedBy(i);
-  if (!before || depth > 5) return false;
-  if ((await ctx.cloud.volumesOf(before))?.length) return true;
-  const earlier = await ctx.cloud.instance(before);
-  return earlier !== undefined && isDataOnItsWay(ctx, earlier, depth + 1);
+/**
+ * Whether the data of this one's line is with another: an earlier one, from where it is yet to come, or a later one,
+ * to which it has gone past this one.
+ */
+async function isDataElsewhere(ctx: Ctx, i: Ec2Instance): Promise<boolean> {
+  let first = i;
+  for (let depth = 0; depth < 6; depth++) {
+    const before = replacedBy(first);
+    const earlier = before && (await ctx.cloud.instance(before));
+    if (before && (await ctx.cloud.volumesOf(before))?.length) return true;
+    if (!earlier) break;
+    first = earlier;
+  }
+  const isBelow = async (id: string, depth: number): Promise<boolean> => {
+    for (const c of depth < 6 ? await claimsOf(ctx, id) : []) {
+      if (c.id !== i.id && (await ctx.cloud.volumesOf(c.id))?.length) return true;
+      if (await isBelow(c.id, depth + 1)) return true;
+    }
+    return false;
+  };
+  return TAG.replaces in i.tags && isBelow(replacedBy(first) ?? first.id, 0);
 }
 
-/** Keeps the data volume beyond its instance and writes down whose it is. */
-async function protectData(ctx: Ctx, work: Work, i: Ec2Instance): Promise<void> {
-  const device = dataDevice(i, work.options.persistence_dev ?? "", await isDataOnItsWay(ctx, i));
+/** Keeps the data volume beyond its instance and writes down whose it is; returns its ID. */
+async function protectData(ctx: Ctx, work: Work, i: Ec2Instance): Promise<string | undefined> {
+  const isElsewhere = !i.volumes[DATA_DEVICE] && (await isDataElsewhere(ctx, i));
+  const device = dataDevice(i, work.options.persistence_dev ?? "", isElsewhere);
   const volume = device ? i.volumes[device] : undefined;
-  if (!device || !volume) return;
+  if (!device || !volume) return undefined;
   if (volume.ends) {
     const input = {
       InstanceId: i.id,
@@ -2953,6 +2975,23 @@ async function protectData(ctx: Ctx, work: Work, i: Ec2Instance): Promise<void> 
     work.log.info(`${volume.id} at ${device} stays when ${i.id} goes`, { volume: volume.id });
   }
   await ctx.cloud.tag([volume.id], { [TAG.group]: work.group, [TAG.volume]: i.id });
+  return volume.id;
+}
+
+/** Of an instance that goes and for which nothing is launched: its data is kept all the same. */
+async function keepData(ctx: Ctx, work: Work, fault: Result): Promise<Result> {
+  const { old, instance } = work;
+  if (!isLiving(old) || !old) return fault;
+  try {
+    const volume = await protectData(ctx, work, old);
+    if (volume)
+      work.log.warn(`${volume} stays available when ${instance} goes; to attach it: ${attachCommand(volume, "INSTANCE")}`);
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    work.log.error(`${errorText(error)}; its data is at risk`, { error: errorName(error) });
+    if (isRetryable(error)) return retry("its data is not safe yet", 5); // until it is, or the instance is gone
+  }
+  return fault;
 }
 
 async function protectVolume(ctx: Ctx, work: Work): Promise<Result> {
@@ -2983,10 +3022,11 @@ const attachCommand = (volume: string, instance: string) =>
   `aws ec2 attach-volume --volume-id ${volume} --instance-id ${instance} --device ${DATA_DEVICE}`;
 
 async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
-  const [source] = (await ctx.cloud.volumesOf(work.instance)) ?? [];
+  const [source] = ((await ctx.cloud.volumesOf(work.instance)) ?? []).filter((v) => !(TAG.copied in v.tags));
   if (!source) return skip(`no volume of ${work.instance} waits to be moved`, "info");
   const log = work.log.with({ volume: source.id });
-  const isPatient = cloudNow(ctx) - (work.notice.timeMs ?? 0) < VOLUME_PATIENCE_MS;
+  const ageMs = cloudNow(ctx) - (work.notice.timeMs ?? 0);
+  const isPatient = ageMs < VOLUME_PATIENCE_MS;
   const target = await heir(ctx, work.instance);
   const member = target && (await ctx.cloud.member(target.id));
   if (!target || member?.lifecycleState !== "InService") {
@@ -3000,7 +3040,7 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
   if (there) {
     // The volume itself, or the copy that was made for this one; another disk there is none of ours.
     const isData = there.id === source.id || (await ctx.cloud.volumesOf(target.id))?.some((v) => v.id === there.id);
-    if (isData) return own(ctx, work, target, there.id);
+    if (isData) return own(ctx, work, target, there.id, source);
     log.error(
       `${DATA_DEVICE} of ${target.id} is taken by ${there.id}: ${source.id} stays available; free the device, then ${attachCommand(source.id, target.id)}`,
     );
@@ -3013,7 +3053,7 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
       log.warn(
         `${source.id} is still ${source.state}${source.attachedTo ? ` at ${source.attachedTo}` : ""}: waiting on, never forced`,
       );
-    return retry(`${source.id} is ${source.state}`, isPatient ? 3 : 60);
+    return retry(`${source.id} is ${source.state}`, ageMs < 120_000 ? 3 : isPatient ? 15 : 60);
   }
   const volume = source.zone === target.zone ? source : await copyTo(ctx, work, source, target);
   if ("is" in volume) return volume;
@@ -3031,15 +3071,24 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
     return retry(errorText(error), isPatient ? 3 : 60);
   }
   log.info(`attached ${volume.id} to ${target.id} as ${DATA_DEVICE}`, { replacement: target.id });
-  return own(ctx, work, target, volume.id);
+  return own(ctx, work, target, volume.id, source);
 }
 
-/** Writes down whose data a volume is, the instance's own tag first: its guest waits for that. */
-async function own(ctx: Ctx, work: Work, target: Ec2Instance, volume: string): Promise<Result> {
+/**
+ * Writes down whose data a volume is, the instance's own tag first: its guest waits for that. What the data has gone on
+ * from says so for good: a message that comes again later must not put what is older in the place of what is newer.
+ */
+async function own(ctx: Ctx, work: Work, target: Ec2Instance, volume: string, source: Volume): Promise<Result> {
   await ctx.cloud.tag([target.id], { [TAG.volume]: volume });
   await ctx.cloud.tag([volume], { [TAG.group]: work.group, [TAG.volume]: target.id });
+  if (source.id !== volume) {
+    await ctx.cloud.tag([source.id], { [TAG.copied]: volume });
+    work.log.warn(copiedText(source.id, volume), { volume: source.id });
+  }
   return done;
 }
+const copiedText = (source: string, copy: string) =>
+  `${source} stays available, and its data goes on in ${copy}: it costs money until you delete it`;
 
 /** The copy of a volume in the target's zone, by way of a snapshot; a Result while that is under way. */
 async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance): Promise<Volume | Result> {
@@ -3074,6 +3123,44 @@ async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance)
     ctx.deps.ec2.send(new CreateVolumeCommand({ ...input, ClientToken }), o),
   );
   return retry("the copy is being made", 3);
+}
+
+/**
+ * Volumes that lie available while their instance is gone: the message about one may be lost, or a member was ended
+ * that carried one, and nobody has been told. Each is asked after once, ten minutes on, as if its instance had just ended.
+ */
+async function sweepVolumes(ctx: Ctx): Promise<void> {
+  const { state } = ctx;
+  const nowMs = ctx.deps.now();
+  const owners = [...state.groups].flatMap(([name, { options }]) => (options.persistence_dev ? [name] : []));
+  if (!owners.length || nowMs - state.volumesSweptMs < 60_000) return;
+  state.volumesSweptMs = nowMs;
+  const Filters = [
+    { Name: "tag-key", Values: [TAG.volume] },
+    { Name: "status", Values: ["available"] },
+  ];
+  const found: Volume[] = [];
+  let NextToken: string | undefined;
+  do {
+    const page = await aws(ctx, "looking for volumes that are left", (o) =>
+      ctx.deps.ec2.send(new DescribeVolumesCommand({ Filters, MaxResults: 500, NextToken }), o),
+    );
+    found.push(...(page.Volumes ?? []).flatMap((v) => toVolume(v) ?? []));
+    NextToken = page.NextToken;
+  } while (NextToken);
+  const left = new Map(found.filter((v) => owners.includes(v.tags[TAG.group] ?? "")).map((v) => [v.id, v]));
+  for (const id of state.leftMs.keys()) if (!left.has(id)) state.leftMs.delete(id);
+  for (const volume of left.values()) {
+    const sinceMs = state.leftMs.get(volume.id) ?? nowMs;
+    state.leftMs.set(volume.id, sinceMs);
+    if (nowMs - sinceMs < VOLUME_PATIENCE_MS) continue;
+    const owner = volume.tags[TAG.volume] ?? "";
+    if (isLiving(await ctx.cloud.instance(owner))) continue; // on its way to it, or taken off it by hand
+    state.leftMs.set(volume.id, Number.POSITIVE_INFINITY);
+    const copy = volume.tags[TAG.copied];
+    if (copy) ctx.deps.log.warn(copiedText(volume.id, copy), { volume: volume.id });
+    else await sendOwn(ctx, "termination_evt_sqs", TERMINATION, owner, volume.tags[TAG.group] ?? "");
+  }
 }
 
 // ─── Instance manager ────────────────────────────────────────────────────────────────────────────────────
@@ -3132,6 +3219,7 @@ export async function managerPass(ctx: Ctx): Promise<boolean> {
     await release(ctx, g);
     raised = (await restoreMaximum(ctx, g, open)) || raised;
   }
+  await sweepVolumes(ctx);
   forget(ctx, open);
   return open.length > 0 || raised;
 }
@@ -3252,17 +3340,8 @@ async function actOnClaim(
     const last = Math.max(ctx.state.actedMs.get(`${claim.id} reminded`) ?? 0, ctx.state.detachSeenMs.get(old) ?? 0);
     if (ctx.deps.now() - last < LEAK_MS) return; // it is on its way
     ctx.state.actedMs.set(`${claim.id} reminded`, ctx.deps.now());
-    const notice: Notice = {
-      type: DETACH,
-      kind: "rebalance",
-      id: claim.id,
-      instances: [old],
-      timeMs: undefined,
-      carried: undefined,
-    };
-    const work = newWork(ctx, "detach_evt_sqs", "", "", "", ctx.deps.now(), 1, notice);
     const oldProtected = (await ctx.cloud.group(name))?.members.get(old)?.isProtected ?? false;
-    await sendFollowUp(ctx, { ...work, group: name, options, oldProtected }, "detach_evt_sqs", DETACH, 0);
+    await sendOwn(ctx, "detach_evt_sqs", DETACH, old, name, { options, oldProtected });
     log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
   } else if (what === "end outside") {
     if (await ctx.cloud.member(claim.id)) return; // the second read
@@ -3290,6 +3369,21 @@ async function actOnClaim(
     ctx.state.claims.delete(claim.id);
     log.info(`ended ${claim.id} in ${name}: it was one too many`);
   }
+}
+
+/** A message of the manager's own, where the one that was to do it may be lost. */
+async function sendOwn(
+  ctx: Ctx,
+  queue: QueueName,
+  type: string,
+  instance: string,
+  group: string,
+  more: Partial<Work> = {},
+): Promise<void> {
+  const notice: Notice = { type, kind: "rebalance", id: instance, instances: [instance], timeMs: undefined, carried: undefined };
+  const work = newWork(ctx, queue, "", "", "", ctx.deps.now(), 1, notice);
+  const options = ctx.state.groups.get(group)?.options ?? work.options;
+  await sendFollowUp(ctx, { ...work, group, options, ...more }, queue, type, 0);
 }
 
 /** Puts a maximum that we raised back, once nothing needs it; true while that is to come. */
