@@ -1100,6 +1100,8 @@ export type State = {
   restoring: Map<string, { calmSinceMs?: number; aboveSinceMs?: number }>;
   /** Since when a data volume lies available, or that it has been asked after; and when they were last looked for. */
   leftMs: Map<string, number>;
+  /** Old instances whose data could not be kept or tagged yet. */
+  atRisk: Set<string>;
   volumesSweptMs: number;
 };
 export type Ctx = { deps: Deps; state: State; cloud: Cloud; signal: AbortSignal };
@@ -1133,6 +1135,7 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     finishedMs: new Map(),
     restoring: new Map(),
     leftMs: new Map(),
+    atRisk: new Set(),
     volumesSweptMs: Number.NEGATIVE_INFINITY,
     firstPass: Promise.resolve(),
   };
@@ -2937,44 +2940,49 @@ export function dataDevice(i: Ec2Instance, device: string, isElsewhere: boolean)
   return i.volumes[device] && !isElsewhere ? device : undefined;
 }
 
-/**
- * Whether the data of this one's line is with another: an earlier one, from where it is yet to come, or a later one,
- * to which it has gone past this one.
- */
-async function isDataElsewhere(ctx: Ctx, i: Ec2Instance): Promise<boolean> {
-  let first = i;
-  for (let depth = 0; depth < 6; depth++) {
-    const before = replacedBy(first);
-    const earlier = before && (await ctx.cloud.instance(before));
-    if (before && (await ctx.cloud.volumesOf(before))?.length) return true;
-    if (!earlier) break;
-    first = earlier;
+/** The whole line of a replacement: whom it stands for in the end, and all that was launched in that one's place. */
+async function lineOf(ctx: Ctx, i: Ec2Instance): Promise<string[]> {
+  let first = replacedBy(i);
+  for (let depth = 0; first && depth < 6; depth++) {
+    const earlier = await ctx.cloud.instance(first);
+    const before = earlier && replacedBy(earlier);
+    if (!before) break;
+    first = before;
   }
-  const isBelow = async (id: string, depth: number): Promise<boolean> => {
-    for (const c of depth < 6 ? await claimsOf(ctx, id) : []) {
-      if (c.id !== i.id && (await ctx.cloud.volumesOf(c.id))?.length) return true;
-      if (await isBelow(c.id, depth + 1)) return true;
-    }
-    return false;
-  };
-  return TAG.replaces in i.tags && isBelow(replacedBy(first) ?? first.id, 0);
+  const line = first ? [first] : [];
+  for (let n = 0; n < line.length && n < 50; n++) line.push(...(await claimsOf(ctx, line[n] ?? "")).map((c) => c.id));
+  return line;
 }
 
-/** Keeps the data volume beyond its instance and writes down whose it is; returns its ID. */
+/**
+ * Whether the data of a replacement's line is on none of the volumes it was launched with: yet to come from an earlier
+ * one, gone past it to a later one, or just moved to it. All in one reading, for what moves between two is in neither.
+ */
+async function isDataElsewhere(ctx: Ctx, i: Ec2Instance): Promise<boolean> {
+  const line = await lineOf(ctx, i);
+  const volumes = (await Promise.all([...new Set(line)].map((id) => ctx.cloud.volumesOf(id)))).flatMap((found) => found ?? []);
+  const own = new Set(Object.values(i.volumes).map(({ id }) => id));
+  return volumes.some(({ id }) => !own.has(id));
+}
+
+/** Keeps the data volume beyond its instance and writes down whose it is; returns its ID. Neither waits for the other. */
 async function protectData(ctx: Ctx, work: Work, i: Ec2Instance): Promise<string | undefined> {
   const isElsewhere = !i.volumes[DATA_DEVICE] && (await isDataElsewhere(ctx, i));
   const device = dataDevice(i, work.options.persistence_dev ?? "", isElsewhere);
   const volume = device ? i.volumes[device] : undefined;
   if (!device || !volume) return undefined;
-  if (volume.ends) {
+  const keep = async () => {
+    if (!volume.ends) return;
     const input = {
       InstanceId: i.id,
       BlockDeviceMappings: [{ DeviceName: device, Ebs: { VolumeId: volume.id, DeleteOnTermination: false } }],
     };
     await aws(ctx, `keeping ${volume.id} beyond ${i.id}`, (o) => ctx.deps.ec2.send(new ModifyInstanceAttributeCommand(input), o));
     work.log.info(`${volume.id} at ${device} stays when ${i.id} goes`, { volume: volume.id });
-  }
-  await ctx.cloud.tag([volume.id], { [TAG.group]: work.group, [TAG.volume]: i.id });
+  };
+  const tag = ctx.cloud.tag([volume.id], { [TAG.group]: work.group, [TAG.volume]: i.id });
+  const failed = (await Promise.allSettled([keep(), tag])).flatMap((r) => (r.status === "rejected" ? [r.reason as unknown] : []));
+  if (failed.length) throw failed.find(isRetryable) ?? failed[0];
   return volume.id;
 }
 
@@ -2996,14 +3004,35 @@ async function keepData(ctx: Ctx, work: Work, fault: Result): Promise<Result> {
 
 async function protectVolume(ctx: Ctx, work: Work): Promise<Result> {
   const old = await ctx.cloud.instance(work.instance);
+  if (!old || isGone(old)) return done;
   try {
-    if (old && !isGone(old)) await protectData(ctx, work, old);
+    await protectData(ctx, work, old);
   } catch (error) {
     if (error instanceof Stopped) throw error;
-    // Capacity comes first, and there is another try on each way; nothing of ours ends the instance before one worked.
-    work.log.error(`${errorText(error)}; its data is at risk`, { error: errorName(error) });
+    // Capacity comes first, and nothing of ours ends the instance before this has worked.
+    work.log.error(`${errorText(error)}; its data is at risk, trying on`, { error: errorName(error) });
+    if (!ctx.state.atRisk.has(old.id)) void protectOn(ctx, work, old);
   }
   return done;
+}
+
+/** Tries on beside everything else, for as long as there may be something to save or to tag. */
+async function protectOn(ctx: Ctx, work: Work, old: Ec2Instance): Promise<void> {
+  ctx.state.atRisk.add(old.id);
+  const untilMs = ctx.deps.now() + VOLUME_PATIENCE_MS;
+  try {
+    for (let isSafe = false; !isSafe && ctx.deps.now() < untilMs; ) {
+      await pause(ctx, 2_000);
+      isSafe = await protectData(ctx, work, old).then(
+        () => true,
+        (error: unknown) => !isRetryable(error), // another refusal is final, and the step has said so
+      );
+    }
+  } catch (error) {
+    if (!(error instanceof Stopped)) throw error;
+  } finally {
+    ctx.state.atRisk.delete(old.id);
+  }
 }
 
 /** Who gets an instance's data: the last living claim in the chain, passing by those that are on their own way out. */
@@ -3029,13 +3058,16 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
   const isPatient = ageMs < VOLUME_PATIENCE_MS;
   const target = await heir(ctx, work.instance);
   const member = target && (await ctx.cloud.member(target.id));
-  if (!target || member?.lifecycleState !== "InService") {
-    if (isPatient || target) return retry(`${source.id} waits for a replacement in service`, 10);
+  if (!target || !member) {
+    if (isPatient) return retry(`${source.id} waits for a replacement in the group`, 10);
     log.error(
-      `no replacement for ${work.instance}: its data volume ${source.id} in ${source.zone} stays available; to attach it: ${attachCommand(source.id, "INSTANCE")}`,
+      `no replacement for ${work.instance} in ${work.group}: its data volume ${source.id} in ${source.zone} stays available; to attach it: ${attachCommand(source.id, target?.id ?? "INSTANCE")}`,
     );
     return done;
   }
+  // Somebody has put one in Standby aside for a while, and it is still the one to have the data.
+  if (!/^(InService|Standby)$/.test(member.lifecycleState))
+    return retry(`${source.id} waits for ${target.id}, which is ${member.lifecycleState}`, 10);
   const there = target.volumes[DATA_DEVICE];
   if (there) {
     // The volume itself, or the copy that was made for this one; another disk there is none of ours.
@@ -3394,9 +3426,13 @@ async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Prom
     ctx.state.restoring.delete(name);
     return false;
   }
+  // Never again blindly: the next try may take away what another daemon has recorded meanwhile.
   const dropTag = () =>
-    aws(ctx, `removing ${TAG.maxSize} from ${name}`, (o) =>
-      ctx.deps.autoScaling.send(new DeleteTagsCommand({ Tags: [groupTag(name, TAG.maxSize)] }), o),
+    aws(
+      ctx,
+      `removing ${TAG.maxSize} from ${name}`,
+      (o) => ctx.deps.autoScaling.send(new DeleteTagsCommand({ Tags: [groupTag(name, TAG.maxSize)] }), o),
+      { tries: 1 },
     );
   const isOurs = (max: number) => isRaised(max, ours);
   const isBusy = (claims: Ec2Instance[]) =>

@@ -248,7 +248,10 @@ export class DataWatch {
     const volume = this.#ebs.volumes.get(VolumeId);
     const line = this.#lineOf.get(VolumeId);
     const what = `the snapshot ${snapshot} of ${VolumeId}`;
-    if (!volume || line === undefined) return this.#around.find(`${what}, which is nobody's data`);
+    if (!volume || line === undefined) {
+      this.#around.find(`${what}, which is nobody's data`);
+      return;
+    }
     if (volume.attachment || !this.#isComplete(volume)) this.#around.find(`${what} was made while its instance may still write`);
     const tags = new Map(TagSpecifications.flatMap((s) => s.Tags ?? []).map(({ Key = "", Value = "" }) => [Key, Value]));
     this.#tagged({ id: snapshot, tags }, what);
@@ -261,7 +264,10 @@ export class DataWatch {
     const source = snapshot && this.#ebs.volumes.get(snapshot.volumeId);
     const line = this.#lineOf.get(input.SnapshotId ?? "");
     const what = `the copy ${id}`;
-    if (!copy || !source || line === undefined) return this.#around.find(`${what} is of nobody's data`);
+    if (!copy || !source || line === undefined) {
+      this.#around.find(`${what} is of nobody's data`);
+      return;
+    }
     const owner = copy.tags.get("spotmax:volume") ?? "";
     this.#tagged(copy, what);
     if (this.#line(owner) !== line) this.#around.find(`${what} of the data of ${line} is for ${owner}`);

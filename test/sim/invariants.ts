@@ -253,6 +253,9 @@ export class Watch {
         : this.#actor === "operator" ||
           (this.#actor === "daemon" && what === "detach" && this.#isTimeUp(id)) ||
           (this.#actor === "world" && expected.weighted);
+      // So the group may take one on its way out for a surplus of its own making, and say that it shrinks.
+      if (expected.weighted && this.#actor === "world" && what === "terminating" && this.isInHand(id))
+        expected.above += this.#weightOf(groupName, id);
       if (isExcused) expected.floor -= this.#weightOf(groupName, id);
       const notice = this.notices.get(id);
       if (isDeath && this.#actor === "world" && this.#traits.prompt && notice?.owed && notice.inTime)
