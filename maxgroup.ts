@@ -3114,7 +3114,7 @@ async function own(ctx: Ctx, work: Work, target: Ec2Instance, volume: string, so
   await ctx.cloud.tag([target.id], { [TAG.volume]: volume });
   await ctx.cloud.tag([volume], { [TAG.group]: work.group, [TAG.volume]: target.id });
   if (source.id !== volume) {
-    await ctx.cloud.tag([source.id], { [TAG.copied]: volume });
+    await ctx.cloud.tag([source.id], { [TAG.group]: work.group, [TAG.copied]: volume });
     work.log.warn(copiedText(source.id, volume), { volume: source.id });
   }
   return done;
@@ -3132,12 +3132,14 @@ async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance)
   const { Snapshots = [] } = await aws(ctx, `looking for a snapshot of ${source.id}`, (o) =>
     ctx.deps.ec2.send(new DescribeSnapshotsCommand({ OwnerIds: ["self"], Filters }), o),
   );
-  const [snapshot] = Snapshots.filter((s) => s.State !== "error").sort(
+  // One that was made at the end of an earlier owner is older than the data.
+  const Description = `max_group: ${work.group}, from ${work.instance}`;
+  const [snapshot] = Snapshots.filter((s) => s.State !== "error" && s.Description === Description).sort(
     (a, b) => (b.StartTime?.getTime() ?? 0) - (a.StartTime?.getTime() ?? 0),
   );
   if (!snapshot?.SnapshotId) {
     const TagSpecifications = [{ ResourceType: "snapshot" as const, Tags: tags(source.id) }];
-    const input = { VolumeId: source.id, Description: `max_group: ${work.group}, from ${work.instance}`, TagSpecifications };
+    const input = { VolumeId: source.id, Description, TagSpecifications };
     const made = await aws(ctx, `copying ${source.id}`, (o) => ctx.deps.ec2.send(new CreateSnapshotCommand(input), o), {
       tries: 1,
     });

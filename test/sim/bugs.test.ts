@@ -110,3 +110,24 @@ test("more messages than a daemon holds in hand are all taken, one after the oth
   }
   await s.quiet(3600);
 }, 60_000);
+
+test("a tag's removal that is not answered does not take away what is recorded afterwards", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 3, max: 3, desired: 3 }));
+  await s.start();
+  let hung = false;
+  s.world.intercept = ({ operation }) => {
+    if (operation !== "DeleteTags" || hung) return undefined;
+    hung = true;
+    return { hang: true };
+  };
+  s.world.interrupt(old);
+  await s.until(() => hung, 600);
+  // While the call hangs another daemon raises the maximum for the next one.
+  const tag = { ResourceId: "web", ResourceType: "auto-scaling-group", Key: "spotmax:max_size", Value: "3/6" };
+  await s.call("autoscaling", "CreateOrUpdateTags", { Tags: [{ ...tag, PropagateAtLaunch: false }] });
+  await s.call("autoscaling", "UpdateAutoScalingGroup", { AutoScalingGroupName: "web", MaxSize: 6 });
+  await s.seconds(20);
+  await s.quiet(3600);
+  expect(sizes(s)).toEqual([3, 3, 3]);
+});
