@@ -474,7 +474,7 @@ export type Deps = {
 const RETRYABLE = new Set(
   `Throttling ThrottlingException ThrottledException RequestThrottled RequestThrottledException RequestLimitExceeded
    TooManyRequestsException SlowDown EC2ThrottledException PriorRequestNotComplete ResourceContention
-   ScalingActivityInProgress ServiceUnavailable Unavailable InternalError InternalFailure InternalServerError
+   ScalingActivityInProgress SnapshotCreationPerVolumeRateExceeded ConcurrentSnapshotLimitExceeded ServiceUnavailable Unavailable InternalError InternalFailure InternalServerError
    ServiceFailure TimeoutError RequestTimeout RequestTimeoutException RequestExpired RequestInTheFuture
    RequestTimeTooSkewed NetworkingError ECONNREFUSED ECONNRESET EPIPE ETIMEDOUT ENOTFOUND EAI_AGAIN ConnectionRefused
    ConnectionClosed FailedToOpenSocket UND_ERR_SOCKET`.split(/\s+/),

@@ -65,7 +65,7 @@ export class DataWatch {
   readonly #copies = new Map<string, string>();
   readonly #endedByUs = new Set<string>();
   readonly #endMs = new Map<string, number>();
-  readonly #deaths: number[] = [];
+  readonly #deafMs: number[] = [];
   #excused = 0;
   #writes = 0;
 
@@ -95,9 +95,9 @@ export class DataWatch {
     if (isHard && !this.#notices.has(id)) this.#notices.set(id, { atMs: this.#now(), inTime });
     this.#write(id, "noticed");
   }
-  /** A daemon has ended: what it had in hand comes again only when its lease is over. */
-  daemonEnded(): void {
-    this.#deaths.push(this.#now());
+  /** A daemon has ended, or an answer with messages is lost: these come again only when their lease is over. */
+  nobodyListens(): void {
+    this.#deafMs.push(this.#now());
   }
 
   #begin(id: string, device: string): void {
@@ -196,11 +196,11 @@ export class DataWatch {
     if (this.#endedByUs.has(owner)) return `a daemon ended ${owner}`;
     const notice = this.#notices.get(owner);
     if (!notice?.inTime) return undefined;
-    // From then on somebody could have kept it, unless a daemon was killed meanwhile.
+    // From then on somebody could have kept it, unless the message was lost for a minute.
     const sinceMs = notice.atMs + REACH_MS;
     const endMs = this.#endMs.get(owner) ?? this.#now();
     if (endMs - sinceMs < this.patienceMs) return undefined;
-    if (this.#deaths.some((ms) => ms >= notice.atMs - 60_000 && ms <= endMs)) return undefined;
+    if (this.#deafMs.some((ms) => ms >= notice.atMs - 60_000 && ms <= endMs)) return undefined;
     return `${owner} had its notice ${Math.round((endMs - notice.atMs) / 1000)} s before its end`;
   }
 

@@ -453,7 +453,11 @@ class Life {
     strength: number,
     deafness: number,
   ): Fault | undefined {
-    if (operation === "ReceiveMessage" && random.chance(deafness)) return { hang: true };
+    const lost = () => operation === "ReceiveMessage" && this.#watch.data.nobodyListens();
+    if (operation === "ReceiveMessage" && random.chance(deafness)) {
+      lost();
+      return { hang: true };
+    }
     let draw = random.next() / strength;
     const falls = (rate: number) => {
       draw -= rate;
@@ -461,7 +465,10 @@ class Life {
     };
     if (falls(rates.throttle)) return { before: throttleOf(service) };
     if (falls(rates.before)) return { before: new AwsError("InternalError", "An internal error has occurred", 500) };
-    if (falls(rates.after)) return { after: new AwsError("InternalFailure", "An internal error has occurred", 500) };
+    if (falls(rates.after)) {
+      lost();
+      return { after: new AwsError("InternalFailure", "An internal error has occurred", 500) };
+    }
     if (operation === "ReceiveMessage") return undefined; // a long poll is slow by nature
     if (falls(rates.hang)) return { hang: true };
     // AWS has no conditional update: between the last read of a maximum and the call that puts it back nobody can
@@ -786,7 +793,7 @@ class Life {
   #ended(slot: Slot, afterMs: number): void {
     if (!slot.alive) return;
     slot.alive = false;
-    this.#watch.data.daemonEnded();
+    this.#watch.data.nobodyListens();
     slot.daemon?.kill();
     this.#stage.world.after(afterMs, () => this.#spawn(slot.skewMs));
   }

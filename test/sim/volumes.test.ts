@@ -332,15 +332,15 @@ test("a message that is lost does not leave the data behind: what lies available
   await s.start();
   s.world.interrupt(old);
   await s.until(() => s.world.instance(old).state === "shutting-down", 300);
-  s.world.intercept = ({ operation, input }) => {
-    const isCopy = operation === "SendMessageBatch" && (input as { QueueUrl: string }).QueueUrl === s.queues.termination;
-    return isCopy ? { before: new AwsError("AccessDenied", "access denied", 403) } : undefined;
-  };
-  await s.seconds(5);
-  s.world.sqs.queues.get(s.queues.termination)?.messages.clear();
-  await s.seconds(5);
-  s.world.intercept = undefined;
-  s.world.sqs.queues.get(s.queues.termination)?.messages.clear();
+  // Whatever is sent from here on is answered, and lost.
+  const { SendMessageBatch: send } = s.world.sqs.operations;
+  s.world.sqs.operations.SendMessageBatch = ({ Entries }: { Entries: { Id: string }[] }) => ({
+    Successful: Entries.map(({ Id }) => ({ Id, MessageId: Id, MD5OfMessageBody: "" })),
+    Failed: [],
+  });
+  await s.seconds(20);
+  expect(s.world.sqs.bodies(s.queues.termination)).toEqual([]);
+  Object.assign(s.world.sqs.operations, { SendMessageBatch: send });
   await s.seconds(1800);
   expect(ownerOf(s, data)).toBe(`${claimOf(s, old)} /dev/sdz`);
 });
@@ -475,4 +475,20 @@ test("an old describe of an instance does not make its empty volume the data", a
     expect([seed, stateOf(s, empty) ?? "deleted"]).toEqual([seed, "deleted"]);
     expect([seed, ownerOf(s, data)]).toEqual([seed, `${claimOf(s, second)} /dev/sdz`]);
   }
+});
+
+test("messages that meet at the snapshot make one of it, and none of them fails", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  for (const pool of spotPools(s, s.world.instance(old).zone)) pool.capacity = 0;
+  await s.start();
+  s.world.interrupt(old);
+  await s.until(() => s.world.instance(old).state === "shutting-down", 300);
+  await s.seconds(5);
+  const [body] = s.world.sqs.bodies(s.queues.termination);
+  await s.until(() => s.world.audit.some(({ what }) => what === "volume detached"), 300);
+  for (let n = 0; n < 4; n++) s.world.sendRaw(s.queues.termination, body ?? "");
+  await s.quiet(7200);
+  expect(s.world.ec2.ebs.snapshots.size).toBe(1);
+  expect(s.lines.filter((l) => l.startsWith("ERRO"))).toEqual([]);
 });
