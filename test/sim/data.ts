@@ -80,7 +80,10 @@ export class DataWatch {
   /** A group whose members' data is at this device. */
   enrol(group: string, device: string, members: Iterable<string>): void {
     this.#deviceOfGroup.set(group, device);
-    for (const id of members) this.#begin(id, device);
+    for (const id of members) {
+      this.#begin(id, device);
+      for (const { tags } of this.#ebs.attachedTo(id, device)) tags.set("owner", "billing");
+    }
   }
   /** No batches in such a group: says whether this is one. */
   keepsData(group: string | undefined): boolean {
