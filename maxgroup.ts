@@ -1748,8 +1748,12 @@ async function judge(ctx: Ctx, work: Work, group: Group | undefined): Promise<Re
     return skip(`already ${old?.state ?? "gone"}: ${name} substitutes it by itself`, "info");
   }
   if (!group || group.status) return skip(`group ${name} is being deleted: nothing is launched`, "warn");
-  if (group.suspended.has("Launch"))
+  if (group.suspended.has("Launch")) {
+    // What was launched before is attached once the process is resumed, or swept up.
+    const begun = winner(await claimsOf(ctx, work.instance));
+    if (begun && !isSettled(begun)) return retry(`the Launch process of ${name} is suspended: ${begun.id} waits`, 5);
     return skip(`the Launch process of ${name} is suspended: AWS would refuse the replacement, so none is launched`, "warn");
+  }
   return undefined;
 }
 
@@ -1986,6 +1990,8 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
     ctx.state.launching.set(work.instance, climbing);
   }
   const claim = await climbing;
+  if (claim === SUBSTITUTED)
+    return skip("its replacement died as a member, and the group substitutes that one by itself: none is launched", "info");
   if (claim) {
     work.claim = claim;
     return done;
@@ -1993,6 +1999,16 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
   if (flying) return again("the other notice's launch came to nothing"); // that one may have had fewer rungs, or no deadline
   if (work.deadlineMs === undefined) return skip("no capacity for a better place now: the old one stays", "info");
   return skip("no capacity anywhere until the deadline: the group substitutes when the old one goes", "error");
+}
+
+const SUBSTITUTED = "substituted";
+/** Desired counts a claim that died as a member, so the group's own substitute for it stands in for the old one as well. */
+async function isSubstituted(ctx: Ctx, { instance, group: name }: Work): Promise<boolean> {
+  const dead = (await claimsOf(ctx, instance)).filter((c) => !isLiving(c));
+  const group = dead.length ? await ctx.cloud.group(name) : undefined;
+  for (const { id } of group ? dead : [])
+    if (group?.members.has(id) || (await howOldLeft(ctx, name, id)) === "substituted") return true;
+  return false;
 }
 
 /** Climbs the ladder until an instance comes of it; without a hard deadline once, else until the deadline. */
@@ -2011,6 +2027,7 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
         work.log.info(`${claim.id} was launched before for ${work.instance}: going on with it`);
         return claim.id;
       }
+      if (!claim && (await isSubstituted(ctx, work))) return SUBSTITUTED;
       // An old one that has left meanwhile needs no new replacement: its group sees to that.
       if (!old || !member) return undefined;
       const { rung, home } = ladder[work.rung] ?? { rung: "any spot", home: false };
@@ -3189,9 +3206,11 @@ async function sweepVolumes(ctx: Ctx): Promise<void> {
     state.leftMs.set(volume.id, sinceMs);
     if (nowMs - sinceMs < VOLUME_PATIENCE_MS) continue;
     const owner = volume.tags[TAG.volume] ?? "";
-    if (isLiving(await ctx.cloud.instance(owner))) continue; // on its way to it, or taken off it by hand
+    const living = await ctx.cloud.instance(owner);
+    const there = isLiving(living) ? living?.volumes[DATA_DEVICE]?.id : undefined;
+    if (isLiving(living) && !there) continue; // on its way to it, or taken off it by hand
     state.leftMs.set(volume.id, Number.POSITIVE_INFINITY);
-    const copy = volume.tags[TAG.copied];
+    const copy = volume.tags[TAG.copied] ?? there;
     if (copy) ctx.deps.log.warn(copiedText(volume.id, copy), { volume: volume.id });
     else await sendOwn(ctx, "termination_evt_sqs", TERMINATION, owner, volume.tags[TAG.group] ?? "");
   }

@@ -64,6 +64,8 @@ export class DataWatch {
   readonly #kept = new Set<string>();
   readonly #copies = new Map<string, string>();
   readonly #endedByUs = new Set<string>();
+  /** Their guests write no more. */
+  readonly #ended = new Set<string>();
   readonly #endMs = new Map<string, number>();
   readonly #deafMs: number[] = [];
   #excused = 0;
@@ -174,9 +176,9 @@ export class DataWatch {
     if ((what === "detach" || what === "terminating" || what === "standby") && this.#around.actor() === "operator")
       this.#notices.delete(id);
     // To the very end its guest writes, and a stopped one writes no more.
-    if ((what === "terminated" || what === "stopped") && this.#deviceOf.has(id)) {
+    if ((what === "terminated" || what === "stopped") && !this.#ended.has(id)) {
       if (this.#lineOf.has(this.#carried(id)?.id ?? "")) this.#write(id, "ended");
-      this.#deviceOf.delete(id);
+      this.#ended.add(id);
     }
     if (what === "volume delete") this.#deleted(id, owner);
   }

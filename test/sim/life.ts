@@ -68,11 +68,13 @@ const FEATURES = {
   slowVolumes: 0.3,
   /** A whole zone has no spot capacity: the data cannot stay where it is. */
   zoneDroughts: 0.3,
+  /** One instance, its replacement, and the replacement of that, each with its notice, here and there. */
+  generations: 0.25,
 } as const;
 export type Feature = keyof typeof FEATURES;
 export const featureNames = Object.keys(FEATURES) as Feature[];
 /** Younger than the rest: each is drawn from a stream of its own, so that the lives of before stay as they were. */
-const LATER = new Set<Feature>(["volumes", "slowVolumes", "zoneDroughts"]);
+const LATER = new Set<Feature>(["volumes", "slowVolumes", "zoneDroughts", "generations"]);
 /** What a quiet life may have: nothing of it takes anything away. */
 const GENTLE = new Set<Feature>([
   "waves",
@@ -546,6 +548,13 @@ class Life {
     often("poison", [1, 3], (stream) => this.#poison(stream));
     often("rehearsals", [1, 2], (stream) => this.#rehearse(stream));
     often("droughts", [1, 3], (stream) => this.#dry(stream));
+    often("generations", [1, 2], (stream) => {
+      const id = pick(
+        stream,
+        this.#spotMembers(undefined).filter((member) => !this.#watch.isInHand(member)),
+      );
+      if (id) this.#interruptLine(stream, id, stream.between([2, 4]));
+    });
     // A moment before the notice that it matters to.
     if (has("zoneDroughts")) {
       const stream = streamOf(this.#seed, "weather zoneDroughts");
@@ -592,6 +601,29 @@ class Life {
     });
     const id = pick(random, living);
     if (id) this.#interrupt(random, id);
+  }
+
+  /** And then whoever has taken its place by then, early or late; at times its zone has nothing for the next one. */
+  #interruptLine(random: Random, id: string, times: number): void {
+    const { world } = this.#stage;
+    if (this.#isOver || times === 0) return;
+    const { zone, lifecycle, state } = world.instance(id);
+    if (random.chance(0.5)) {
+      const pools = ALL_TYPES.map((type) => world.pool("spot", type, zone));
+      for (const pool of pools) pool.capacity = 0;
+      world.after(random.between([30_000, 3 * MINUTE]), () => {
+        for (const pool of pools) pool.capacity = Number.POSITIVE_INFINITY;
+      });
+    }
+    if (lifecycle === "spot" && state === "running" && !this.#watch.notices.has(id)) this.#interrupt(random, id);
+    const next = () => {
+      const claims = [...this.#watch.claims].filter(
+        ([claim, { old }]) => old === id && world.instance(claim).state === "running",
+      );
+      const [claim] = pick(random, claims) ?? [id];
+      this.#interruptLine(random, claim, times - 1);
+    };
+    world.after(random.between([15_000, choose(random, MINUTE, 3 * MINUTE, 8 * MINUTE)]), next);
   }
 
   #interrupt(random: Random, id: string): void {
@@ -952,6 +984,8 @@ class Life {
     const input = act === "TerminateInstanceInAutoScalingGroup" ? { InstanceId: id, ShouldDecrementDesiredCapacity } : many;
     if (!this.#watch.operate("autoscaling", act, input)) return;
     expected.desired += group.desired - before;
+    // Below the minimum it could go only because ours stood beside an old one: what that leaves is no size of anybody's.
+    if (expected.desired < expected.min) expected.resized = true;
     if (!isInHand) return;
     expected.resized = true;
     expected.below += member.weight;

@@ -115,7 +115,10 @@ export const MUTATIONS: Mutation[] = [
     name: "a snapshot is made before the instance has ended",
     edits: [[/if \(source\.state !== "available"\) \{/, 'if (source.state !== "available" && source.zone === target.zone) {']],
   },
-  { name: "a snapshot is made without looking for an earlier one", edits: [[/if \(!snapshot\?\.SnapshotId\) \{/, "if (true) {"]] },
+  {
+    name: "a snapshot is made without looking for an earlier one",
+    edits: [[/if \(!snapshot\?\.SnapshotId\) \{/, "if (true) {"]],
+  },
   { name: "a copy loses the tags of its volume", edits: [[/=> \[\.\.\.mine, \{/, "=> [{"]] },
   { name: "volumes that are left are not asked after", edits: [[/await sweepVolumes\(ctx\);/, ""]] },
   {
