@@ -69,6 +69,8 @@ export interface Expected {
   floor: number;
   protects: boolean;
   weighted: boolean;
+  /** Launched to aid in balancing, and nobody was ended for it yet. */
+  balancing: number;
   /** The operator has changed its sizes: groups end members of their own accord then. */
   resized: boolean;
   deleted: boolean;
@@ -238,6 +240,8 @@ export class Watch {
     this.data.see(what, ids, groupName);
     const expected = groupName === undefined ? undefined : this.groups.get(groupName);
     if (what === "group deleted" && expected) expected.deleted = true;
+    const isBalancing = /to aid in balancing/.test(detail ?? "");
+    if (what === "group launch" && expected && isBalancing) expected.balancing++;
     const isDeath = /^(shutting-down|terminated|stopping)$/.test(what);
     if (!isDeath && !/^(detach|terminating|standby)$/.test(what)) return;
     for (const id of ids) {
@@ -261,9 +265,12 @@ export class Watch {
       if (isDeath && this.#actor === "world" && this.#traits.prompt && notice?.owed && notice.inTime)
         this.find("late", `${id} was taken by AWS while still in service in ${groupName}`);
       // Our sizes always come out even, so a group ends somebody for its size only where a maximum was put back
-      // below what it has, or where the operator did it. Weights may start a group above desired.
+      // below what it has, or where the operator did it. Weights may start a group above desired, and AZRebalance
+      // leaves it there where the one it would have ended has gone by itself.
+      if (what === "terminating" && isBalancing) expected.balancing--;
       if (what === "terminating" && /difference between desired and actual/.test(detail ?? ""))
-        if (expected.configured && !expected.resized && !expected.weighted)
+        if (expected.balancing > 0) expected.balancing--;
+        else if (expected.configured && !expected.resized && !expected.weighted)
           this.find("2", `${groupName} scaled in and ended ${id}, and nobody but us has changed its sizes: ${detail}`);
     }
   }

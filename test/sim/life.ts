@@ -367,6 +367,7 @@ class Life {
       floor: desired,
       protects: isProtected,
       weighted: isWeighted,
+      balancing: 0,
       resized: false,
       deleted: false,
       pausedUntilMs: isSuspended ? Number.POSITIVE_INFINITY : 0,

@@ -126,14 +126,6 @@ export const MUTATIONS: Mutation[] = [
     edits: [[/const alone = options\.persistence_dev \? work\.instance : "";/, 'const alone = "";']],
   },
   { name: "an original that was copied does not say so", edits: [[/await ctx\.cloud\.tag\(\[source\.id\], [^\n]*/, ""]] },
-  {
-    name: "a snapshot of an earlier end is good enough",
-    edits: [[/ && s\.Description === Description/, ""]],
-  },
-  {
-    name: "an instance is ended whether or not its data is safe",
-    edits: [[/if \(old && work\.options\.persistence_dev\) await protectData\(ctx, work, old\);/, ""]],
-  },
 ];
 
 const FOLDER = join(import.meta.dir, "../../node_modules/.cache/mutants");
