@@ -474,7 +474,7 @@ export type Deps = {
 const RETRYABLE = new Set(
   `Throttling ThrottlingException ThrottledException RequestThrottled RequestThrottledException RequestLimitExceeded
    TooManyRequestsException SlowDown EC2ThrottledException PriorRequestNotComplete ResourceContention
-   ScalingActivityInProgress ServiceUnavailable Unavailable InternalError InternalFailure InternalServerError
+   ScalingActivityInProgress SnapshotCreationPerVolumeRateExceeded ConcurrentSnapshotLimitExceeded ServiceUnavailable Unavailable InternalError InternalFailure InternalServerError
    ServiceFailure TimeoutError RequestTimeout RequestTimeoutException RequestExpired RequestInTheFuture
    RequestTimeTooSkewed NetworkingError ECONNREFUSED ECONNRESET EPIPE ETIMEDOUT ENOTFOUND EAI_AGAIN ConnectionRefused
    ConnectionClosed FailedToOpenSocket UND_ERR_SOCKET`.split(/\s+/),
@@ -840,6 +840,8 @@ export const TAG = {
   maxSize: "spotmax:max_size",
   /** On a volume: the instance whose data it is; on an instance: its data's volume; on a snapshot: what it copies. */
   volume: "spotmax:volume",
+  /** On a data volume: the one in which its data goes on, in another zone or already on the replacement. */
+  copied: "spotmax:copied",
 } as const;
 export const RESERVED_TAGS = new Set<string>(Object.values(TAG));
 
@@ -1282,6 +1284,11 @@ export type State = {
   firstPass: Promise<unknown>;
   /** Raised maximums that may go back: since when, and since when desired stands above. */
   restoring: Map<string, { calmSinceMs?: number; aboveSinceMs?: number }>;
+  /** Since when a data volume lies available, or that it has been asked after; and when they were last looked for. */
+  leftMs: Map<string, number>;
+  /** Old instances whose data could not be kept or tagged yet. */
+  atRisk: Set<string>;
+  volumesSweptMs: number;
 };
 export type Ctx = { deps: Deps; state: State; cloud: Cloud; signal: AbortSignal };
 /** One group's changes: launches share calls, attaches and detaches are made one after another. */
@@ -1316,6 +1323,9 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     detachSeenMs: new Map(),
     finishedMs: new Map(),
     restoring: new Map(),
+    leftMs: new Map(),
+    atRisk: new Set(),
+    volumesSweptMs: Number.NEGATIVE_INFINITY,
     firstPass: Promise.resolve(),
   };
   const ctx = { deps, state, signal } as Ctx;
@@ -1918,7 +1928,7 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   work.old = old;
   if (isOurs) work.oldProtected = group?.protectsNew ?? false;
   const fault = await judge(ctx, work, group);
-  if (fault) return fault;
+  if (fault) return fault.is === "skip" && row?.deadlineSeconds && hasVolume(work) ? keepData(ctx, work, fault) : fault;
 
   if (row?.deadlineSeconds === undefined) return admit(ctx, work, old);
   const first = work.deadlineMs === undefined;
@@ -1947,8 +1957,12 @@ async function judge(ctx: Ctx, work: Work, group: Group | undefined): Promise<Re
     return skip(`already ${old?.state ?? "gone"}: ${name} substitutes it by itself`, "info");
   }
   if (!group || group.status) return skip(`group ${name} is being deleted: nothing is launched`, "warn");
-  if (group.suspended.has("Launch"))
+  if (group.suspended.has("Launch")) {
+    // What was launched before is attached once the process is resumed, or swept up.
+    const begun = winner(await claimsOf(ctx, work.instance));
+    if (begun && !isSettled(begun)) return retry(`the Launch process of ${name} is suspended: ${begun.id} waits`, 5);
     return skip(`the Launch process of ${name} is suspended: AWS would refuse the replacement, so none is launched`, "warn");
+  }
   return undefined;
 }
 
@@ -2185,6 +2199,8 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
     ctx.state.launching.set(work.instance, climbing);
   }
   const claim = await climbing;
+  if (claim === SUBSTITUTED)
+    return skip("its replacement died as a member, and the group substitutes that one by itself: none is launched", "info");
   if (claim) {
     work.claim = claim;
     return done;
@@ -2192,6 +2208,16 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
   if (flying) return again("the other notice's launch came to nothing"); // that one may have had fewer rungs, or no deadline
   if (work.deadlineMs === undefined) return skip("no capacity for a better place now: the old one stays", "info");
   return skip("no capacity anywhere until the deadline: the group substitutes when the old one goes", "error");
+}
+
+const SUBSTITUTED = "substituted";
+/** Desired counts a claim that died as a member, so the group's own substitute for it stands in for the old one as well. */
+async function isSubstituted(ctx: Ctx, { instance, group: name }: Work): Promise<boolean> {
+  const dead = (await claimsOf(ctx, instance)).filter((c) => !isLiving(c));
+  const group = dead.length ? await ctx.cloud.group(name) : undefined;
+  for (const { id } of group ? dead : [])
+    if (group?.members.has(id) || (await howOldLeft(ctx, name, id)) === "substituted") return true;
+  return false;
 }
 
 /** Climbs the ladder until an instance comes of it; without a hard deadline once, else until the deadline. */
@@ -2210,6 +2236,7 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
         work.log.info(`${claim.id} was launched before for ${work.instance}: going on with it`);
         return claim.id;
       }
+      if (!claim && (await isSubstituted(ctx, work))) return SUBSTITUTED;
       // An old one that has left meanwhile needs no new replacement: its group sees to that.
       if (!old || !member) return undefined;
       const { rung, home } = ladder[work.rung] ?? { rung: "any spot", home: false };
@@ -3143,48 +3170,106 @@ export function toVolume(v: Ec2Volume): Volume | undefined {
 
 /**
  * The device that holds an instance's data: what was moved to it, else the template's own; none for a replacement
- * whose data is still on its way, for what the template made for it is empty.
+ * whose data is still on its way, or has gone past it, for what the template made for it is empty.
  */
-export function dataDevice(i: Ec2Instance, device: string, isOnItsWay: boolean): string | undefined {
+export function dataDevice(i: Ec2Instance, device: string, isElsewhere: boolean): string | undefined {
   if (i.volumes[DATA_DEVICE]) return DATA_DEVICE;
-  return i.volumes[device] && !isOnItsWay ? device : undefined;
+  return i.volumes[device] && !isElsewhere ? device : undefined;
 }
 
-/** Whether data of an earlier instance is yet to come to this one. */
-async function isDataOnItsWay(ctx: Ctx, i: Ec2Instance, depth = 0): Promise<boolean> {
-  const before = replacedBy(i);
-  if (!before || depth > 5) return false;
-  if ((await ctx.cloud.volumesOf(before))?.length) return true;
-  const earlier = await ctx.cloud.instance(before);
-  return earlier !== undefined && isDataOnItsWay(ctx, earlier, depth + 1);
+/** The whole line of a replacement: whom it stands for in the end, and all that was launched in that one's place. */
+async function lineOf(ctx: Ctx, i: Ec2Instance): Promise<string[]> {
+  let first = replacedBy(i);
+  for (let depth = 0; first && depth < 6; depth++) {
+    const earlier = await ctx.cloud.instance(first);
+    const before = earlier && replacedBy(earlier);
+    if (!before) break;
+    first = before;
+  }
+  const line = first ? [first] : [];
+  for (let n = 0; n < line.length && n < 50; n++) line.push(...(await claimsOf(ctx, line[n] ?? "")).map((c) => c.id));
+  return line;
 }
 
-/** Keeps the data volume beyond its instance and writes down whose it is. */
-async function protectData(ctx: Ctx, work: Work, i: Ec2Instance): Promise<void> {
-  const device = dataDevice(i, work.options.persistence_dev ?? "", await isDataOnItsWay(ctx, i));
+/**
+ * Whether the data of a replacement's line is on none of the volumes it was launched with: yet to come from an earlier
+ * one, gone past it to a later one, or just moved to it. All in one reading, for what moves between two is in neither.
+ */
+async function isDataElsewhere(ctx: Ctx, i: Ec2Instance): Promise<boolean> {
+  const line = await lineOf(ctx, i);
+  const volumes = (await Promise.all([...new Set(line)].map((id) => ctx.cloud.volumesOf(id)))).flatMap((found) => found ?? []);
+  const own = new Set(Object.values(i.volumes).map(({ id }) => id));
+  return volumes.some(({ id }) => !own.has(id));
+}
+
+/** Keeps the data volume beyond its instance and writes down whose it is; returns its ID. Neither waits for the other. */
+async function protectData(ctx: Ctx, work: Work, i: Ec2Instance): Promise<string | undefined> {
+  const isElsewhere = !i.volumes[DATA_DEVICE] && (await isDataElsewhere(ctx, i));
+  const device = dataDevice(i, work.options.persistence_dev ?? "", isElsewhere);
   const volume = device ? i.volumes[device] : undefined;
-  if (!device || !volume) return;
-  if (volume.ends) {
+  if (!device || !volume) return undefined;
+  const keep = async () => {
+    if (!volume.ends) return;
     const input = {
       InstanceId: i.id,
       BlockDeviceMappings: [{ DeviceName: device, Ebs: { VolumeId: volume.id, DeleteOnTermination: false } }],
     };
     await aws(ctx, `keeping ${volume.id} beyond ${i.id}`, (o) => ctx.deps.ec2.send(new ModifyInstanceAttributeCommand(input), o));
     work.log.info(`${volume.id} at ${device} stays when ${i.id} goes`, { volume: volume.id });
+  };
+  const tag = ctx.cloud.tag([volume.id], { [TAG.group]: work.group, [TAG.volume]: i.id });
+  const failed = (await Promise.allSettled([keep(), tag])).flatMap((r) => (r.status === "rejected" ? [r.reason as unknown] : []));
+  if (failed.length) throw failed.find(isRetryable) ?? failed[0];
+  return volume.id;
+}
+
+/** Of an instance that goes and for which nothing is launched: its data is kept all the same. */
+async function keepData(ctx: Ctx, work: Work, fault: Result): Promise<Result> {
+  const { old, instance } = work;
+  if (!isLiving(old) || !old) return fault;
+  try {
+    const volume = await protectData(ctx, work, old);
+    if (volume)
+      work.log.warn(`${volume} stays available when ${instance} goes; to attach it: ${attachCommand(volume, "INSTANCE")}`);
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    work.log.error(`${errorText(error)}; its data is at risk`, { error: errorName(error) });
+    if (isRetryable(error)) return retry("its data is not safe yet", 5); // until it is, or the instance is gone
   }
-  await ctx.cloud.tag([volume.id], { [TAG.group]: work.group, [TAG.volume]: i.id });
+  return fault;
 }
 
 async function protectVolume(ctx: Ctx, work: Work): Promise<Result> {
   const old = await ctx.cloud.instance(work.instance);
+  if (!old || isGone(old)) return done;
   try {
-    if (old && !isGone(old)) await protectData(ctx, work, old);
+    await protectData(ctx, work, old);
   } catch (error) {
     if (error instanceof Stopped) throw error;
-    // Capacity comes first, and there is another try on each way; nothing of ours ends the instance before one worked.
-    work.log.error(`${errorText(error)}; its data is at risk`, { error: errorName(error) });
+    // Capacity comes first, and nothing of ours ends the instance before this has worked.
+    work.log.error(`${errorText(error)}; its data is at risk, trying on`, { error: errorName(error) });
+    if (!ctx.state.atRisk.has(old.id)) void protectOn(ctx, work, old);
   }
   return done;
+}
+
+/** Tries on beside everything else, for as long as there may be something to save or to tag. */
+async function protectOn(ctx: Ctx, work: Work, old: Ec2Instance): Promise<void> {
+  ctx.state.atRisk.add(old.id);
+  const untilMs = ctx.deps.now() + VOLUME_PATIENCE_MS;
+  try {
+    for (let isSafe = false; !isSafe && ctx.deps.now() < untilMs; ) {
+      await pause(ctx, 2_000);
+      isSafe = await protectData(ctx, work, old).then(
+        () => true,
+        (error: unknown) => !isRetryable(error), // another refusal is final, and the step has said so
+      );
+    }
+  } catch (error) {
+    if (!(error instanceof Stopped)) throw error;
+  } finally {
+    ctx.state.atRisk.delete(old.id);
+  }
 }
 
 /** Who gets an instance's data: the last living claim in the chain, passing by those that are on their own way out. */
@@ -3203,24 +3288,28 @@ const attachCommand = (volume: string, instance: string) =>
   `aws ec2 attach-volume --volume-id ${volume} --instance-id ${instance} --device ${DATA_DEVICE}`;
 
 async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
-  const [source] = (await ctx.cloud.volumesOf(work.instance)) ?? [];
+  const [source] = ((await ctx.cloud.volumesOf(work.instance)) ?? []).filter((v) => !(TAG.copied in v.tags));
   if (!source) return skip(`no volume of ${work.instance} waits to be moved`, "info");
   const log = work.log.with({ volume: source.id });
-  const isPatient = cloudNow(ctx) - (work.notice.timeMs ?? 0) < VOLUME_PATIENCE_MS;
+  const ageMs = cloudNow(ctx) - (work.notice.timeMs ?? 0);
+  const isPatient = ageMs < VOLUME_PATIENCE_MS;
   const target = await heir(ctx, work.instance);
   const member = target && (await ctx.cloud.member(target.id));
-  if (!target || member?.lifecycleState !== "InService") {
-    if (isPatient || target) return retry(`${source.id} waits for a replacement in service`, 10);
+  if (!target || !member) {
+    if (isPatient) return retry(`${source.id} waits for a replacement in the group`, 10);
     log.error(
-      `no replacement for ${work.instance}: its data volume ${source.id} in ${source.zone} stays available; to attach it: ${attachCommand(source.id, "INSTANCE")}`,
+      `no replacement for ${work.instance} in ${work.group}: its data volume ${source.id} in ${source.zone} stays available; to attach it: ${attachCommand(source.id, target?.id ?? "INSTANCE")}`,
     );
     return done;
   }
+  // Somebody has put one in Standby aside for a while, and it is still the one to have the data.
+  if (!/^(InService|Standby)$/.test(member.lifecycleState))
+    return retry(`${source.id} waits for ${target.id}, which is ${member.lifecycleState}`, 10);
   const there = target.volumes[DATA_DEVICE];
   if (there) {
     // The volume itself, or the copy that was made for this one; another disk there is none of ours.
     const isData = there.id === source.id || (await ctx.cloud.volumesOf(target.id))?.some((v) => v.id === there.id);
-    if (isData) return own(ctx, work, target, there.id);
+    if (isData) return own(ctx, work, target, there.id, source);
     log.error(
       `${DATA_DEVICE} of ${target.id} is taken by ${there.id}: ${source.id} stays available; free the device, then ${attachCommand(source.id, target.id)}`,
     );
@@ -3233,7 +3322,7 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
       log.warn(
         `${source.id} is still ${source.state}${source.attachedTo ? ` at ${source.attachedTo}` : ""}: waiting on, never forced`,
       );
-    return retry(`${source.id} is ${source.state}`, isPatient ? 3 : 60);
+    return retry(`${source.id} is ${source.state}`, ageMs < 120_000 ? 3 : isPatient ? 15 : 60);
   }
   const volume = source.zone === target.zone ? source : await copyTo(ctx, work, source, target);
   if ("is" in volume) return volume;
@@ -3251,15 +3340,24 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
     return retry(errorText(error), isPatient ? 3 : 60);
   }
   log.info(`attached ${volume.id} to ${target.id} as ${DATA_DEVICE}`, { replacement: target.id });
-  return own(ctx, work, target, volume.id);
+  return own(ctx, work, target, volume.id, source);
 }
 
-/** Writes down whose data a volume is, the instance's own tag first: its guest waits for that. */
-async function own(ctx: Ctx, work: Work, target: Ec2Instance, volume: string): Promise<Result> {
+/**
+ * Writes down whose data a volume is, the instance's own tag first: its guest waits for that. What the data has gone on
+ * from says so for good: a message that comes again later must not put what is older in the place of what is newer.
+ */
+async function own(ctx: Ctx, work: Work, target: Ec2Instance, volume: string, source: Volume): Promise<Result> {
   await ctx.cloud.tag([target.id], { [TAG.volume]: volume });
   await ctx.cloud.tag([volume], { [TAG.group]: work.group, [TAG.volume]: target.id });
+  if (source.id !== volume) {
+    await ctx.cloud.tag([source.id], { [TAG.group]: work.group, [TAG.copied]: volume });
+    work.log.warn(copiedText(source.id, volume), { volume: source.id });
+  }
   return done;
 }
+const copiedText = (source: string, copy: string) =>
+  `${source} stays available, and its data goes on in ${copy}: it costs money until you delete it`;
 
 /** The copy of a volume in the target's zone, by way of a snapshot; a Result while that is under way. */
 async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance): Promise<Volume | Result> {
@@ -3271,12 +3369,14 @@ async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance)
   const { Snapshots = [] } = await aws(ctx, `looking for a snapshot of ${source.id}`, (o) =>
     ctx.deps.ec2.send(new DescribeSnapshotsCommand({ OwnerIds: ["self"], Filters }), o),
   );
-  const [snapshot] = Snapshots.filter((s) => s.State !== "error").sort(
+  // One that was made at the end of an earlier owner is older than the data.
+  const Description = `max_group: ${work.group}, from ${work.instance}`;
+  const [snapshot] = Snapshots.filter((s) => s.State !== "error" && s.Description === Description).sort(
     (a, b) => (b.StartTime?.getTime() ?? 0) - (a.StartTime?.getTime() ?? 0),
   );
   if (!snapshot?.SnapshotId) {
     const TagSpecifications = [{ ResourceType: "snapshot" as const, Tags: tags(source.id) }];
-    const input = { VolumeId: source.id, Description: `max_group: ${work.group}, from ${work.instance}`, TagSpecifications };
+    const input = { VolumeId: source.id, Description, TagSpecifications };
     const made = await aws(ctx, `copying ${source.id}`, (o) => ctx.deps.ec2.send(new CreateSnapshotCommand(input), o), {
       tries: 1,
     });
@@ -3294,6 +3394,46 @@ async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance)
     ctx.deps.ec2.send(new CreateVolumeCommand({ ...input, ClientToken }), o),
   );
   return retry("the copy is being made", 3);
+}
+
+/**
+ * Volumes that lie available while their instance is gone: the message about one may be lost, or a member was ended
+ * that carried one, and nobody has been told. Each is asked after once, ten minutes on, as if its instance had just ended.
+ */
+async function sweepVolumes(ctx: Ctx): Promise<void> {
+  const { state } = ctx;
+  const nowMs = ctx.deps.now();
+  const owners = [...state.groups].flatMap(([name, { options }]) => (options.persistence_dev ? [name] : []));
+  if (!owners.length || nowMs - state.volumesSweptMs < 60_000) return;
+  state.volumesSweptMs = nowMs;
+  const Filters = [
+    { Name: "tag-key", Values: [TAG.volume] },
+    { Name: "status", Values: ["available"] },
+  ];
+  const found: Volume[] = [];
+  let NextToken: string | undefined;
+  do {
+    const page = await aws(ctx, "looking for volumes that are left", (o) =>
+      ctx.deps.ec2.send(new DescribeVolumesCommand({ Filters, MaxResults: 500, NextToken }), o),
+    );
+    found.push(...(page.Volumes ?? []).flatMap((v) => toVolume(v) ?? []));
+    NextToken = page.NextToken;
+  } while (NextToken);
+  const left = new Map(found.filter((v) => owners.includes(v.tags[TAG.group] ?? "")).map((v) => [v.id, v]));
+  for (const id of state.leftMs.keys()) if (!left.has(id)) state.leftMs.delete(id);
+  for (const volume of left.values()) {
+    const sinceMs = state.leftMs.get(volume.id) ?? nowMs;
+    state.leftMs.set(volume.id, sinceMs);
+    if (nowMs - sinceMs < VOLUME_PATIENCE_MS) continue;
+    const owner = volume.tags[TAG.volume] ?? "";
+    const living = await ctx.cloud.instance(owner);
+    const there = isLiving(living) ? living?.volumes[DATA_DEVICE]?.id : undefined;
+    if (isLiving(living) && !there) continue; // on its way to it, or taken off it by hand
+    state.leftMs.set(volume.id, Number.POSITIVE_INFINITY);
+    const copy = volume.tags[TAG.copied] ?? there;
+    if (copy) ctx.deps.log.warn(copiedText(volume.id, copy), { volume: volume.id });
+    else await sendOwn(ctx, "termination_evt_sqs", TERMINATION, owner, volume.tags[TAG.group] ?? "");
+  }
 }
 
 // ─── Instance manager ────────────────────────────────────────────────────────────────────────────────────
@@ -3352,6 +3492,7 @@ export async function managerPass(ctx: Ctx): Promise<boolean> {
     await release(ctx, g);
     raised = (await restoreMaximum(ctx, g, open)) || raised;
   }
+  await sweepVolumes(ctx);
   forget(ctx, open);
   return open.length > 0 || raised;
 }
@@ -3481,17 +3622,8 @@ async function actOnClaim(
     const last = Math.max(ctx.state.actedMs.get(`${claim.id} reminded`) ?? 0, ctx.state.detachSeenMs.get(old) ?? 0);
     if (ctx.deps.now() - last < LEAK_MS) return; // it is on its way
     ctx.state.actedMs.set(`${claim.id} reminded`, ctx.deps.now());
-    const notice: Notice = {
-      type: DETACH,
-      kind: "rebalance",
-      id: claim.id,
-      instances: [old],
-      timeMs: undefined,
-      carried: undefined,
-    };
-    const work = newWork(ctx, "detach_evt_sqs", "", "", "", ctx.deps.now(), 1, notice);
     const oldProtected = (await ctx.cloud.group(name))?.members.get(old)?.isProtected ?? false;
-    await sendFollowUp(ctx, { ...work, group: name, options, oldProtected }, "detach_evt_sqs", DETACH, 0);
+    await sendOwn(ctx, "detach_evt_sqs", DETACH, old, name, { options, oldProtected });
     log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
   } else if (what === "end outside") {
     if (await ctx.cloud.member(claim.id)) return; // the second read
@@ -3521,6 +3653,21 @@ async function actOnClaim(
   }
 }
 
+/** A message of the manager's own, where the one that was to do it may be lost. */
+async function sendOwn(
+  ctx: Ctx,
+  queue: QueueName,
+  type: string,
+  instance: string,
+  group: string,
+  more: Partial<Work> = {},
+): Promise<void> {
+  const notice: Notice = { type, kind: "rebalance", id: instance, instances: [instance], timeMs: undefined, carried: undefined };
+  const work = newWork(ctx, queue, "", "", "", ctx.deps.now(), 1, notice);
+  const options = ctx.state.groups.get(group)?.options ?? work.options;
+  await sendFollowUp(ctx, { ...work, group, options, ...more }, queue, type, 0);
+}
+
 /** Puts a maximum that we raised back, once nothing needs it; true while that is to come. */
 async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Promise<boolean> {
   const { name } = group;
@@ -3529,9 +3676,13 @@ async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Prom
     ctx.state.restoring.delete(name);
     return false;
   }
+  // Never again blindly: the next try may take away what another daemon has recorded meanwhile.
   const dropTag = () =>
-    aws(ctx, `removing ${TAG.maxSize} from ${name}`, (o) =>
-      ctx.deps.autoScaling.send(new DeleteTagsCommand({ Tags: [groupTag(name, TAG.maxSize)] }), o),
+    aws(
+      ctx,
+      `removing ${TAG.maxSize} from ${name}`,
+      (o) => ctx.deps.autoScaling.send(new DeleteTagsCommand({ Tags: [groupTag(name, TAG.maxSize)] }), o),
+      { tries: 1 },
     );
   const isOurs = (max: number) => isRaised(max, ours);
   const isBusy = (claims: Ec2Instance[]) =>

@@ -110,3 +110,51 @@ test("more messages than a daemon holds in hand are all taken, one after the oth
   }
   await s.quiet(3600);
 }, 60_000);
+
+test("a tag's removal that is not answered does not take away what is recorded afterwards", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 3, max: 3, desired: 3 }));
+  await s.start();
+  let hung = false;
+  s.world.intercept = ({ operation }) => {
+    if (operation !== "DeleteTags" || hung) return undefined;
+    hung = true;
+    return { hang: true };
+  };
+  s.world.interrupt(old);
+  await s.until(() => hung, 600);
+  // While the call hangs another daemon raises the maximum for the next one.
+  const tag = { ResourceId: "web", ResourceType: "auto-scaling-group", Key: "spotmax:max_size", Value: "3/6" };
+  await s.call("autoscaling", "CreateOrUpdateTags", { Tags: [{ ...tag, PropagateAtLaunch: false }] });
+  await s.call("autoscaling", "UpdateAutoScalingGroup", { AutoScalingGroupName: "web", MaxSize: 6 });
+  await s.seconds(20);
+  await s.quiet(3600);
+  expect(sizes(s)).toEqual([3, 3, 3]);
+});
+
+test("a replacement whose old one has a second notice after it died as a member is not launched again", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 1, max: 6, desired: 3 }, { detaching_delay_seconds: 60 }));
+  await s.start();
+  s.world.interrupt(old);
+  const claim = await inService(s);
+  s.world.ec2.terminate(s.world.instance(claim), "Client.UserInitiatedShutdown: by hand");
+  await s.seconds(20);
+  s.world.interrupt(old, { withoutReclaim: true });
+  await s.quiet(3600);
+  await s.seconds(900);
+  expect(sizes(s)).toEqual([1, 6, 3]);
+});
+
+test("Launch suspended between launch and attach, and resumed: the replacement waits, and is attached", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));
+  await s.start();
+  s.world.rebalance(old);
+  await s.until(() => s.openClaims().length === 1, 60);
+  await s.call("autoscaling", "SuspendProcesses", { AutoScalingGroupName: "web", ScalingProcesses: ["Launch"] });
+  await s.seconds(60);
+  await s.call("autoscaling", "ResumeProcesses", { AutoScalingGroupName: "web", ScalingProcesses: ["Launch"] });
+  await s.quiet(3600);
+  s.check([old], { web: [3, 5, 3] });
+});

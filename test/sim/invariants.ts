@@ -18,12 +18,22 @@ import type {
   TerminateInstanceInAutoScalingGroupType,
   UpdateAutoScalingGroupType,
 } from "@aws-sdk/client-auto-scaling";
-import type { CreateFleetRequest, CreateTagsRequest, RunInstancesRequest, TerminateInstancesRequest } from "@aws-sdk/client-ec2";
+import type {
+  AttachVolumeRequest,
+  CreateFleetRequest,
+  CreateSnapshotRequest,
+  CreateTagsRequest,
+  CreateVolumeRequest,
+  ModifyInstanceAttributeRequest,
+  RunInstancesRequest,
+  TerminateInstancesRequest,
+} from "@aws-sdk/client-ec2";
 import type { DeleteMessageBatchRequest, ReceiveMessageResult, SendMessageBatchRequest } from "@aws-sdk/client-sqs";
 import type { Group } from "../aws/autoscaling.ts";
 import type { Instance } from "../aws/ec2.ts";
 import type { Message } from "../aws/sqs.ts";
 import { AwsError, type Handler, type Queues, type Service, type World } from "../aws/world.ts";
+import { type Account, DataWatch } from "./data.ts";
 
 export interface Finding {
   /** The invariant's number in DESIGN.md, or "capacity" or "quiet". */
@@ -59,11 +69,15 @@ export interface Expected {
   floor: number;
   protects: boolean;
   weighted: boolean;
+  /** Launched to aid in balancing, and nobody was ended for it yet. */
+  balancing: number;
   /** The operator has changed its sizes: groups end members of their own accord then. */
   resized: boolean;
   deleted: boolean;
   /** Until then Launch was suspended, or the group was out of the configuration: no replacement is owed. */
   pausedUntilMs: number;
+  /** Until then it was out of the configuration. */
+  outUntilMs: number;
 }
 
 interface NoticeRecord {
@@ -92,6 +106,8 @@ export class Watch {
   /** Launched by a daemon, and for whom: the n-th of a call, by ID, stands for the n-th old one, by ID. */
   readonly claims = new Map<string, { old: string; daemon: string | undefined }>();
   readonly letGo = new Set<string>();
+  /** The truth about data volumes. */
+  readonly data: DataWatch;
   /** How often a second one was launched beside a living one: two daemons may, and the loser goes. */
   rivals = 0;
   /** Hears of the daemons' changes to groups as they take effect: for the log. */
@@ -115,6 +131,13 @@ export class Watch {
     this.#world = world;
     this.#queues = queues;
     this.#traits = traits;
+    this.data = new DataWatch({
+      world,
+      find: (text) => this.find("5", text),
+      oldOf: (id) => this.claims.get(id)?.old,
+      claims: () => this.claims.keys(),
+      actor: () => this.#actor,
+    });
     // Before the record is made, because the samplers of capacity hear of the record.
     const record = world.record.bind(world);
     world.record = (what, ids, group, detail) => {
@@ -130,6 +153,7 @@ export class Watch {
     });
     this.#watchLaunches();
     this.#watchInstances();
+    this.#watchVolumes();
     this.#watchGroups();
     this.#watchMessages();
   }
@@ -179,6 +203,11 @@ export class Watch {
       owed: owed || known?.owed === true,
       inTime: (owed && reachesInTime && deadlineMs !== undefined) || known?.inTime === true,
     });
+    // Its data is to be kept whether or not anything can be launched for it.
+    const isOurs = expected?.configured === true && expected.outUntilMs < this.#world.now() && instance.state === "running";
+    const state = group?.members.get(id)?.state;
+    const isThere = isOurs && !group?.status && (state === "InService" || state === "Standby");
+    this.data.noticed(id, deadlineMs !== undefined, isThere && reachesInTime);
   }
 
   /** It is being replaced, or replaces another one. */
@@ -208,8 +237,11 @@ export class Watch {
         this.#inServiceMs.set(id, now);
         this.#outOfServiceMs.delete(id);
       }
+    this.data.see(what, ids, groupName);
     const expected = groupName === undefined ? undefined : this.groups.get(groupName);
     if (what === "group deleted" && expected) expected.deleted = true;
+    const isBalancing = /to aid in balancing/.test(detail ?? "");
+    if (what === "group launch" && expected && isBalancing) expected.balancing++;
     const isDeath = /^(shutting-down|terminated|stopping)$/.test(what);
     if (!isDeath && !/^(detach|terminating|standby)$/.test(what)) return;
     for (const id of ids) {
@@ -225,14 +257,20 @@ export class Watch {
         : this.#actor === "operator" ||
           (this.#actor === "daemon" && what === "detach" && this.#isTimeUp(id)) ||
           (this.#actor === "world" && expected.weighted);
+      // So the group may take one on its way out for a surplus of its own making, and say that it shrinks.
+      if (expected.weighted && this.#actor === "world" && what === "terminating" && this.isInHand(id))
+        expected.above += this.#weightOf(groupName, id);
       if (isExcused) expected.floor -= this.#weightOf(groupName, id);
       const notice = this.notices.get(id);
       if (isDeath && this.#actor === "world" && this.#traits.prompt && notice?.owed && notice.inTime)
         this.find("late", `${id} was taken by AWS while still in service in ${groupName}`);
       // Our sizes always come out even, so a group ends somebody for its size only where a maximum was put back
-      // below what it has, or where the operator did it. Weights may start a group above desired.
+      // below what it has, or where the operator did it. Weights may start a group above desired, and AZRebalance
+      // leaves it there where the one it would have ended has gone by itself.
+      if (what === "terminating" && isBalancing) expected.balancing--;
       if (what === "terminating" && /difference between desired and actual/.test(detail ?? ""))
-        if (expected.configured && !expected.resized && !expected.weighted)
+        if (expected.balancing > 0) expected.balancing--;
+        else if (expected.configured && !expected.resized && !expected.weighted)
           this.find("2", `${groupName} scaled in and ended ${id}, and nobody but us has changed its sizes: ${detail}`);
     }
   }
@@ -308,6 +346,8 @@ export class Watch {
       const olds = (tags.get("spotmax:replaces") ?? "").split(" ").filter(Boolean).sort();
       const daemons = [...(this.#tokens.get(input.ClientToken ?? "") ?? [])];
       const daemon = daemons.length === 1 ? daemons[0] : undefined;
+      if (olds.length > 1 && this.data.keepsData(tags.get("spotmax:group")))
+        this.find("5", `one launch for ${olds.join(" ")}, which have data`);
       if (ids.length > olds.length) this.find("1", `${ids.join(" ")} were launched for no more than ${olds.join(" ")}`);
       ids.forEach((id, n) => {
         const old = olds[n] ?? "";
@@ -322,6 +362,7 @@ export class Watch {
         if (rival) this.find("1", `the daemon that launched ${rival} for ${old} has launched ${id} as well`);
         if (this.#claimsOf(old).some((r) => this.#isLiving(r))) this.rivals++;
         this.claims.set(id, { old, daemon });
+        this.data.launched(id, tags.get("spotmax:group"));
         if (!this.notices.has(old)) this.find("4", `${id} was launched for ${old}, which had no notice`);
         if (!this.groups.get(tags.get("spotmax:group") ?? "")?.configured)
           this.find("4", `${id} was launched for the group ${tags.get("spotmax:group")}, which is not configured`);
@@ -353,7 +394,8 @@ export class Watch {
       const tags = new Map((input.Tags ?? []).map((tag) => [tag.Key, tag.Value ?? ""]));
       for (const id of ids) {
         // Only what has had a notice, or was launched by us, is ever tagged.
-        if (!this.notices.has(id) && !this.claims.has(id)) this.find("4", `${id}, which is not our business, was tagged`);
+        const isOurs = this.data.tags(input, id) || this.notices.has(id) || this.claims.has(id);
+        if (!isOurs) this.find("4", `${id}, which is not our business, was tagged`);
         const order = tags.get("spotmax:order");
         if (order === undefined) continue;
         // Two daemons, or two versions, that name different orders would give one old instance two replacements: so
@@ -376,6 +418,26 @@ export class Watch {
         }
       return answer;
     });
+  }
+
+  #watchVolumes(): void {
+    const effect = <I>(operation: string, judge: (input: I, answer: object) => void) =>
+      this.#around<I>("ec2", operation, (input, perform) => {
+        const answer = perform(); // what is refused has no effect to be judged
+        judge(input, answer);
+        return answer;
+      });
+    effect<ModifyInstanceAttributeRequest>("ModifyInstanceAttribute", (input) => this.data.kept(input));
+    effect<AttachVolumeRequest>("AttachVolume", (input) => this.data.attached(input));
+    effect<CreateSnapshotRequest>("CreateSnapshot", (input, answer) =>
+      this.data.copied(input, (answer as { SnapshotId: string }).SnapshotId),
+    );
+    effect<CreateVolumeRequest>("CreateVolume", (input, answer) =>
+      this.data.made(input, (answer as { VolumeId: string }).VolumeId),
+    );
+    // Nobody of ours ever does these, whatever it is that they name.
+    for (const operation of ["DetachVolume", "DeleteVolume", "DeleteSnapshot"])
+      effect<object>(operation, (input) => this.find("5", `${operation} of ${JSON.stringify(input)}`));
   }
 
   #configured(what: string, name: string | undefined): void {
@@ -585,8 +647,8 @@ export class Watch {
 
   // --- When all is quiet -----------------------------------------------------------------------------------------
 
-  /** What still keeps the world from being quiet, in words; undefined: nothing does. */
-  unrest(): string | undefined {
+  /** What still keeps the world from being quiet, in words; undefined: nothing does. `lines` is what daemons have logged. */
+  unrest(lines: readonly string[]): string | undefined {
     const { ec2, autoscaling } = this.#world;
     for (const [name, url] of Object.entries(this.#queues)) {
       if (name === "deadLetter") continue;
@@ -616,11 +678,11 @@ export class Watch {
       const instance = ec2.instances.get(id);
       if (instance && this.#isLiving(id) && !instance.group) return `${id}, which we let go, is still running`;
     }
-    return undefined;
+    return this.data.unrest(lines);
   }
 
   /** To be called when all is quiet. */
-  final(): void {
+  final(): Account {
     for (const [name, expected] of this.groups) {
       const group = this.#world.autoscaling.groups.get(name);
       if (!group || !expected.configured || expected.deleted) continue;
@@ -663,6 +725,7 @@ export class Watch {
         if (owed && launches !== 1 && !(isGone && launches === 0))
           this.find("1", `${launches} launches for ${id} in a life in which nothing fails`);
       }
+    return this.data.final();
   }
 }
 

@@ -6,7 +6,9 @@
 // stay as they were. One life in five is a quiet one, in which nothing fails and the strict rules hold.
 import * as maxgroup from "../../maxgroup.ts";
 import { Random } from "../aws/basics.ts";
+import type { VolumeSpec } from "../aws/ebs.ts";
 import { AwsError, type Call, type Fault, type GroupSpec, type Service } from "../aws/world.ts";
+import type { Account } from "./data.ts";
 import { type Daemon, type Program, Stage } from "./harness.ts";
 import { type Finding, type Traits, Watch } from "./invariants.ts";
 
@@ -60,9 +62,19 @@ const FEATURES = {
   /** Members younger than ten minutes. */
   young: 0.15,
   big: 0.06,
+  /** Groups whose data volume moves with the instance. */
+  volumes: 0.35,
+  /** Snapshots that outlast an instance, or fail; instances and volumes that hang on their way out. */
+  slowVolumes: 0.3,
+  /** A whole zone has no spot capacity: the data cannot stay where it is. */
+  zoneDroughts: 0.3,
+  /** One instance, its replacement, and the replacement of that, each with its notice, here and there. */
+  generations: 0.25,
 } as const;
 export type Feature = keyof typeof FEATURES;
 export const featureNames = Object.keys(FEATURES) as Feature[];
+/** Younger than the rest: each is drawn from a stream of its own, so that the lives of before stay as they were. */
+const LATER = new Set<Feature>(["volumes", "slowVolumes", "zoneDroughts", "generations"]);
 /** What a quiet life may have: nothing of it takes anything away. */
 const GENTLE = new Set<Feature>([
   "waves",
@@ -74,6 +86,7 @@ const GENTLE = new Set<Feature>([
   "shuffled",
   "young",
   "big",
+  "volumes",
 ]);
 
 export interface LifeOptions {
@@ -95,11 +108,15 @@ export interface Outcome {
   launches: number;
   rivals: number;
   calls: number;
+  /** What became of the data volumes; undefined where the life did not come to rest. */
+  data: Account | undefined;
 }
 
 const MINUTE = 60_000;
 const REST_MINUTES = 90;
 const STEP_MS = 5_000;
+/** How many times as often calls fail in a storm. */
+const STORM = 4;
 const ZONES = ["us-east-1a", "us-east-1b", "us-east-1c"];
 const TYPES = ["m5.large", "m5a.large", "m4.large", "m6i.large", "m6a.large", "c5.large", "c5a.large", "r5.large"];
 const HEAVY = ["m5.xlarge", "m5a.xlarge", "m4.xlarge", "m6i.xlarge"];
@@ -163,7 +180,7 @@ class Life {
     const mildness = choose(random, 0.25, 0.6, 1, 1.4);
     this.#features = new Set(
       featureNames.filter((name) => {
-        const draw = random.next();
+        const draw = (LATER.has(name) ? streamOf(seed, `feature ${name}`) : random).next();
         if (without.includes(name)) return false;
         return this.#isQuiet ? GENTLE.has(name) && draw < FEATURES[name] : draw < FEATURES[name] * mildness;
       }),
@@ -218,7 +235,7 @@ class Life {
     while (clock.now() < endMs && !this.#watch.findings.length) await clock.advance(STEP_MS);
     const calmMs = clock.now();
     this.#calm();
-    await this.#rest();
+    const data = await this.#rest();
     for (const { daemon } of this.#slots) daemon?.kill(); // what is left of it must not go on
     return {
       seed: this.#seed,
@@ -231,19 +248,23 @@ class Life {
       launches: this.#watch.claims.size,
       rivals: this.#watch.rivals,
       calls: Object.values(this.#stage.world.calls).reduce((sum, n) => sum + n, 0),
+      data,
     };
   }
 
   /** Until nothing moves for a while; not to come to rest is a failure. */
-  async #rest(): Promise<void> {
+  async #rest(): Promise<Account | undefined> {
     const { clock } = this.#stage;
     const endMs = clock.now() + REST_MINUTES * MINUTE;
     let calmSteps = 0;
     for (let why: string | undefined = "not looked yet"; ; ) {
-      if (this.#watch.findings.length) return;
-      if (clock.now() > endMs) return this.#watch.find("quiet", `no rest after ${REST_MINUTES} minutes: ${why}`);
+      if (this.#watch.findings.length) return undefined;
+      if (clock.now() > endMs) {
+        this.#watch.find("quiet", `no rest after ${REST_MINUTES} minutes: ${why}`);
+        return undefined;
+      }
       await clock.advance(STEP_MS);
-      why = this.#watch.unrest();
+      why = this.#watch.unrest(this.#stage.lines);
       calmSteps = why ? 0 : calmSteps + 1;
       if (calmSteps >= 8) return this.#watch.final();
     }
@@ -346,14 +367,38 @@ class Life {
       floor: desired,
       protects: isProtected,
       weighted: isWeighted,
+      balancing: 0,
       resized: false,
       deleted: false,
       pausedUntilMs: isSuspended ? Number.POSITIVE_INFINITY : 0,
+      outUntilMs: 0,
     });
-    const ids = isConfigured ? this.#stage.group(spec, options) : world.createGroup(spec).instanceIds;
+    const data = isConfigured ? this.#makeVolumes(name) : undefined;
+    const ids = isConfigured
+      ? this.#stage.group(
+          { ...spec, ...(data && { volumes: [data] }) },
+          { ...options, ...(data && { persistence_dev: data.device }) },
+        )
+      : world.createGroup(spec).instanceIds;
+    if (data) this.#watch.data.enrol(name, data.device, ids);
     if (this.#features.has("young"))
       for (const id of ids)
         if (random.chance(0.5)) world.instance(id).launchedAtMs = this.#startMs - random.between([0, 9 * MINUTE]);
+  }
+
+  /** The data volume in a group's template, if it is such a group. */
+  #makeVolumes(name: string): VolumeSpec | undefined {
+    const random = streamOf(this.#seed, `volumes ${name}`);
+    if (!this.#features.has("volumes") || random.chance(0.25)) return undefined;
+    const spec: VolumeSpec = {
+      device: choose(random, "/dev/sdf", "/dev/sdf", "/dev/xvdb"),
+      sizeGiB: choose(random, 8, 125, 400, 4_000),
+      encrypted: random.chance(0.3),
+    };
+    const type = choose(random, "gp3", "gp3", "gp2", "io2", "standard");
+    if (type === "gp3" && random.chance(0.5)) return { ...spec, type, iops: 3_500, throughput: 250 };
+    if (type === "io2") return { ...spec, type, iops: 3_000 };
+    return { ...spec, type, ...(type === "standard" && { sizeGiB: 400 }) };
   }
 
   // --- Faults of AWS ---------------------------------------------------------------------------------------------
@@ -376,6 +421,7 @@ class Life {
         reorder: choose(random, 0, 0.3),
         partialReceives: choose(random, 0, 0.3),
       });
+    if (has("slowVolumes")) this.#slowVolumes();
     if (has("shuffled")) this.#shuffleAnswers();
     if (has("lostDeletes")) this.#loseDeletes();
 
@@ -388,13 +434,17 @@ class Life {
     };
     const sum = Object.values(rates).reduce((a, b) => a + b, 0);
     const deafness = has("deafness") ? 0.02 : 0;
+    // In a storm in which most calls fail nobody can promise anything within two minutes.
+    const isOutage = sum * STORM >= 0.6;
+    const isHampered = sum + deafness > 0 || ["kills", "sigterms", "sqs", "buckets"].some((f) => has(f as Feature));
+    this.#watch.data.patienceMs = isOutage ? Number.POSITIVE_INFINITY : isHampered ? MINUTE : 20_000;
     if (!sum && !deafness) return;
     // Faults come in storms; between them little fails.
     const storms = Array.from({ length: random.between([1, 4]) }, () => random.between([0, this.#stretchMs]));
     const stormMs = random.between([20_000, 240_000]);
     world.intercept = (call) => {
       const sinceMs = world.now() - this.#startMs;
-      const strength = storms.some((s) => sinceMs >= s && sinceMs < s + stormMs) ? 4 : 0.5;
+      const strength = storms.some((s) => sinceMs >= s && sinceMs < s + stormMs) ? STORM : 0.5;
       return this.#faultOf(call, random, rates, strength, deafness);
     };
   }
@@ -406,7 +456,11 @@ class Life {
     strength: number,
     deafness: number,
   ): Fault | undefined {
-    if (operation === "ReceiveMessage" && random.chance(deafness)) return { hang: true };
+    const lost = () => operation === "ReceiveMessage" && this.#watch.data.nobodyListens();
+    if (operation === "ReceiveMessage" && random.chance(deafness)) {
+      lost();
+      return { hang: true };
+    }
     let draw = random.next() / strength;
     const falls = (rate: number) => {
       draw -= rate;
@@ -414,7 +468,10 @@ class Life {
     };
     if (falls(rates.throttle)) return { before: throttleOf(service) };
     if (falls(rates.before)) return { before: new AwsError("InternalError", "An internal error has occurred", 500) };
-    if (falls(rates.after)) return { after: new AwsError("InternalFailure", "An internal error has occurred", 500) };
+    if (falls(rates.after)) {
+      lost();
+      return { after: new AwsError("InternalFailure", "An internal error has occurred", 500) };
+    }
     if (operation === "ReceiveMessage") return undefined; // a long poll is slow by nature
     if (falls(rates.hang)) return { hang: true };
     // AWS has no conditional update: between the last read of a maximum and the call that puts it back nobody can
@@ -423,6 +480,17 @@ class Life {
     if (operation === "UpdateAutoScalingGroup") return undefined;
     if (falls(rates.slow)) return { delayMs: random.between([200, choose(random, 1_000, 5_000, 12_000)]) };
     return undefined;
+  }
+
+  #slowVolumes(): void {
+    const random = streamOf(this.#seed, "slowVolumes");
+    const { delays, ec2 } = this.#stage.world;
+    if (random.chance(0.5)) delays.snapshotMs = [MINUTE, random.between([3, 40]) * MINUTE];
+    if (random.chance(0.5)) delays.volumeReleaseMs = [1_000, random.between([1, 15]) * MINUTE];
+    if (random.chance(0.3)) delays.shuttingDownMs = [25_000, random.between([2, 15]) * MINUTE];
+    if (random.chance(0.5)) Object.assign(delays, { volumeCreatingMs: [5_000, 60_000], volumeAttachingMs: [5_000, 60_000] });
+    if (random.chance(0.3))
+      ec2.ebs.failSnapshot = () => (random.chance(0.3) ? "An internal error occurred during the copy" : undefined);
   }
 
   #shuffleAnswers(): void {
@@ -481,6 +549,19 @@ class Life {
     often("poison", [1, 3], (stream) => this.#poison(stream));
     often("rehearsals", [1, 2], (stream) => this.#rehearse(stream));
     often("droughts", [1, 3], (stream) => this.#dry(stream));
+    often("generations", [1, 2], (stream) => {
+      const id = pick(
+        stream,
+        this.#spotMembers(undefined).filter((member) => !this.#watch.isInHand(member)),
+      );
+      if (id) this.#interruptLine(stream, id, stream.between([2, 4]));
+    });
+    // A moment before the notice that it matters to.
+    if (has("zoneDroughts")) {
+      const stream = streamOf(this.#seed, "weather zoneDroughts");
+      for (const ms of this.#noticeTimes.filter(() => stream.chance(0.4)))
+        world.after(Math.max(0, ms - stream.between([0, 5_000])), () => !this.#isOver && this.#dryZone(stream));
+    }
   }
 
   /** Any moment, but more often one at which something is being replaced. */
@@ -521,6 +602,29 @@ class Life {
     });
     const id = pick(random, living);
     if (id) this.#interrupt(random, id);
+  }
+
+  /** And then whoever has taken its place by then, early or late; at times its zone has nothing for the next one. */
+  #interruptLine(random: Random, id: string, times: number): void {
+    const { world } = this.#stage;
+    if (this.#isOver || times === 0) return;
+    const { zone, lifecycle, state } = world.instance(id);
+    if (random.chance(0.5)) {
+      const pools = ALL_TYPES.map((type) => world.pool("spot", type, zone));
+      for (const pool of pools) pool.capacity = 0;
+      world.after(random.between([30_000, 3 * MINUTE]), () => {
+        for (const pool of pools) pool.capacity = Number.POSITIVE_INFINITY;
+      });
+    }
+    if (lifecycle === "spot" && state === "running" && !this.#watch.notices.has(id)) this.#interrupt(random, id);
+    const next = () => {
+      const claims = [...this.#watch.claims].filter(
+        ([claim, { old }]) => old === id && world.instance(claim).state === "running",
+      );
+      const [claim] = pick(random, claims) ?? [id];
+      this.#interruptLine(random, claim, times - 1);
+    };
+    world.after(random.between([15_000, choose(random, MINUTE, 3 * MINUTE, 8 * MINUTE)]), next);
   }
 
   #interrupt(random: Random, id: string): void {
@@ -665,6 +769,16 @@ class Life {
       for (const pool of dry) pool.capacity = Number.POSITIVE_INFINITY;
     });
   }
+  #dryZone(random: Random): void {
+    const { world } = this.#stage;
+    const zones = sample(random, ZONES, choose(random, 1, 1, 2));
+    const lifecycles = choose<("spot" | "on-demand")[]>(random, ["spot"], ["spot", "on-demand"]);
+    const pools = lifecycles.flatMap((l) => ALL_TYPES.flatMap((t) => zones.map((z) => world.pool(l, t, z))));
+    for (const pool of pools) pool.capacity = 0;
+    world.after(random.between([60_000, 6 * MINUTE]), () => {
+      for (const pool of pools) pool.capacity = Number.POSITIVE_INFINITY;
+    });
+  }
   #rain(): void {
     for (const lifecycle of ["spot", "on-demand"] as const)
       for (const type of ALL_TYPES)
@@ -678,7 +792,8 @@ class Life {
     const slot: Slot = { skewMs, alive: true, killIn: undefined, daemon: undefined };
     const daemon = this.#stage.spawn({
       skewMs,
-      level: this.#log ? "debug" : "error",
+      // What is left available is to be reported.
+      level: this.#log ? "debug" : this.#watch.data.isUsed ? "warn" : "error",
       onAwait: (input) => {
         if (input) this.#watch.heard(name, input);
         if (slot.killIn !== undefined && slot.killIn-- <= 0) this.#kill(slot);
@@ -711,6 +826,7 @@ class Life {
   #ended(slot: Slot, afterMs: number): void {
     if (!slot.alive) return;
     slot.alive = false;
+    this.#watch.data.nobodyListens();
     slot.daemon?.kill();
     this.#stage.world.after(afterMs, () => this.#spawn(slot.skewMs));
   }
@@ -869,6 +985,8 @@ class Life {
     const input = act === "TerminateInstanceInAutoScalingGroup" ? { InstanceId: id, ShouldDecrementDesiredCapacity } : many;
     if (!this.#watch.operate("autoscaling", act, input)) return;
     expected.desired += group.desired - before;
+    // Below the minimum it could go only because ours stood beside an old one: what that leaves is no size of anybody's.
+    if (expected.desired < expected.min) expected.resized = true;
     if (!isInHand) return;
     expected.resized = true;
     expected.below += member.weight;
@@ -883,7 +1001,7 @@ class Life {
     this.#say(`operator: ${name} leaves the configuration`);
     delete this.#stage.groups[name];
     this.#leftOut.set(name, options);
-    expected.pausedUntilMs = Number.POSITIVE_INFINITY;
+    expected.pausedUntilMs = expected.outUntilMs = Number.POSITIVE_INFINITY;
     this.#stage.world.after(random.between([MINUTE, 8 * MINUTE]), () => this.#takeIn(name));
   }
   #takeIn(name: string): void {
@@ -892,7 +1010,7 @@ class Life {
     if (!expected || !options) return;
     this.#leftOut.delete(name);
     this.#stage.groups[name] = options;
-    expected.pausedUntilMs = this.#stage.clock.now() + 2 * MINUTE;
+    expected.pausedUntilMs = expected.outUntilMs = this.#stage.clock.now() + 2 * MINUTE;
   }
 
   // --- The log ---------------------------------------------------------------------------------------------------

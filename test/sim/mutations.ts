@@ -89,6 +89,43 @@ export const MUTATIONS: Mutation[] = [
     name: "leases are never renewed",
     edits: [[/if \([^\n]*>= dueMs\) void hold\([^\n]*/, ""]],
   },
+  { name: "a data volume is not kept beyond its instance", edits: [[/if \(!volume\.ends\) return;/, "return;"]] },
+  {
+    name: "a data volume does not say whose it is",
+    edits: [[/const tag = ctx\.cloud\.tag\(\[volume\.id\], [^\n]*/, "const tag = undefined;"]],
+  },
+  {
+    name: "the second generation's data is taken from the template's device",
+    edits: [[/if \(i\.volumes\[DATA_DEVICE\]\) return DATA_DEVICE;/, ""]],
+  },
+  {
+    name: "a replacement's empty volume counts as its data",
+    edits: [[/!i\.volumes\[DATA_DEVICE\] && \(await isDataElsewhere\(ctx, i\)\)/, "false"]],
+  },
+  {
+    name: "the replacement of another notice gets the data",
+    edits: [
+      [
+        /const staying = winner\(claims\.filter\(/,
+        "const staying = winner([...ctx.state.claims.values()].filter((c) => TAG.attached in c.tags).filter(",
+      ],
+    ],
+  },
+  {
+    name: "a snapshot is made before the instance has ended",
+    edits: [[/if \(source\.state !== "available"\) \{/, 'if (source.state !== "available" && source.zone === target.zone) {']],
+  },
+  {
+    name: "a snapshot is made without looking for an earlier one",
+    edits: [[/if \(!snapshot\?\.SnapshotId\) \{/, "if (true) {"]],
+  },
+  { name: "a copy loses the tags of its volume", edits: [[/=> \[\.\.\.mine, \{/, "=> [{"]] },
+  { name: "volumes that are left are not asked after", edits: [[/await sweepVolumes\(ctx\);/, ""]] },
+  {
+    name: "owners of data share a launch",
+    edits: [[/const alone = options\.persistence_dev \? work\.instance : "";/, 'const alone = "";']],
+  },
+  { name: "an original that was copied does not say so", edits: [[/await ctx\.cloud\.tag\(\[source\.id\], [^\n]*/, ""]] },
 ];
 
 const FOLDER = join(import.meta.dir, "../../node_modules/.cache/mutants");

@@ -26,6 +26,7 @@ interface Line {
   findings: Finding[];
   minutes: number;
   calls: number;
+  data: Outcome["data"];
   ms: number;
 }
 
@@ -137,8 +138,8 @@ async function main(args: string[]): Promise<number> {
   if (args[0] === "--worker") {
     for (let seed = Number(args[1]); seed <= Number(args[2]); seed += Number(args[3])) {
       const startMs = performance.now();
-      const { findings, minutes, calls } = await live(seed);
-      const line: Line = { seed, findings: findings.slice(0, 3), minutes, calls, ms: performance.now() - startMs };
+      const { findings, minutes, calls, data } = await live(seed);
+      const line: Line = { seed, findings: findings.slice(0, 3), minutes, calls, data, ms: performance.now() - startMs };
       process.stdout.write(`${JSON.stringify(line)}\n`);
       if (seed % 50 < 2) Bun.gc(true); // a life leaves megabytes behind, and two workers share the machine with others
     }

@@ -276,3 +276,219 @@ test("another disk at /dev/sdz is not taken for the data", async () => {
   expect(stateOf(s, data)).toBe("available");
   expect(s.lines.join("")).toContain(`${data} stays available; free the device`);
 });
+
+/** The daemons' warnings and errors that name this. */
+const warnings = (s: Stage, what: string) => s.lines.filter((l) => /^(WARN|ERRO)/.test(l) && l.includes(what));
+/** Until the first replacement for `old` is in service. */
+async function inService(s: Stage, old: string): Promise<string> {
+  const members = s.world.autoscaling.groups.get("db")?.members;
+  const found = () =>
+    [...s.world.ec2.instances.values()].find(
+      (i) => i.tags.get("spotmax:replaces") === old && members?.get(i.id)?.state === "InService",
+    );
+  await s.until(() => found() !== undefined, 120);
+  return found()?.id ?? "";
+}
+
+test("where nothing may be launched the data is kept all the same, tagged and reported", async () => {
+  for (const why of ["Launch suspended", "Standby"]) {
+    const s = new Stage();
+    const old = first(s.group(fleet({ min: 1, ...(why === "Launch suspended" && { suspended: ["Launch"] }) }), options));
+    const data = volumeAt(s, old, DEVICE);
+    await s.start();
+    if (why === "Standby")
+      await s.call("autoscaling", "EnterStandby", {
+        AutoScalingGroupName: "db",
+        InstanceIds: [old],
+        ShouldDecrementDesiredCapacity: true,
+      });
+    await s.seconds(60);
+    s.world.interrupt(old);
+    await s.seconds(300);
+    expect([why, stateOf(s, data), tagOf(s, data)]).toEqual([why, "available", old]);
+    expect(warnings(s, `aws ec2 attach-volume --volume-id ${data}`).length).toBeGreaterThan(0);
+  }
+});
+
+test("what is left when somebody ends a replacement is tagged and reported, once", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  s.world.interrupt(old);
+  await s.quiet();
+  const claim = claimOf(s, old);
+  s.world.ec2.terminate(s.world.instance(claim), "Client.UserInitiatedShutdown: by hand");
+  await s.seconds(7200);
+  expect([stateOf(s, data), tagOf(s, data)]).toEqual(["available", claim]);
+  expect(warnings(s, data).length).toBe(1);
+  expect(warnings(s, `aws ec2 attach-volume --volume-id ${data}`).length).toBe(1);
+});
+
+test("a message that is lost does not leave the data behind: what lies available is asked after", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  s.world.interrupt(old);
+  await s.until(() => s.world.instance(old).state === "shutting-down", 300);
+  // Whatever is sent from here on is answered, and lost.
+  const { SendMessageBatch: send } = s.world.sqs.operations;
+  s.world.sqs.operations.SendMessageBatch = ({ Entries }: { Entries: { Id: string }[] }) => ({
+    Successful: Entries.map(({ Id }) => ({ Id, MessageId: Id, MD5OfMessageBody: "" })),
+    Failed: [],
+  });
+  await s.seconds(20);
+  expect(s.world.sqs.bodies(s.queues.termination)).toEqual([]);
+  Object.assign(s.world.sqs.operations, { SendMessageBatch: send });
+  await s.seconds(1800);
+  expect(ownerOf(s, data)).toBe(`${claimOf(s, old)} /dev/sdz`);
+});
+
+test("data that goes past a replacement on its way out leaves that one's empty volume to go with it", async () => {
+  const s = new Stage({ shuttingDownMs: [90_000, 90_000] });
+  const old = first(s.group(fleet(), { ...options, detaching_delay_seconds: 0 }));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  s.world.interrupt(old);
+  const second = await inService(s, old);
+  const empty = volumeAt(s, second, DEVICE);
+  await s.until(() => s.world.instance(old).state === "shutting-down", 60);
+  await s.seconds(60);
+  s.world.interrupt(second);
+  const third = await inService(s, second);
+  // The second one has left the group, and is not ended yet, when the first one's data finds its last heir.
+  const denied = "ec2:TerminateInstances";
+  s.world.denied.add(denied);
+  await s.until(() => ownerOf(s, data) === `${third} /dev/sdz`, 300);
+  s.world.denied.delete(denied);
+  await s.quiet();
+  await s.seconds(300);
+  expect([stateOf(s, empty) ?? "deleted", ownerOf(s, data)]).toEqual(["deleted", `${third} /dev/sdz`]);
+});
+
+test("after a copy has gone on, a message seen again does not bring the original into its place", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  const { zone } = s.world.instance(old);
+  await s.start();
+  for (const pool of spotPools(s, zone)) pool.capacity = 0;
+  s.world.interrupt(old, { keepCapacity: true });
+  await s.quiet(7200);
+  const second = claimOf(s, old);
+  const copy = volumeAt(s, second, "/dev/sdz");
+  s.world.ec2.write(copy, "what came later");
+  for (const pool of spotPools(s, zone)) pool.capacity = 9;
+  for (const pool of spotPools(s, s.world.instance(second).zone)) pool.capacity = 0;
+  s.world.interrupt(second, { keepCapacity: true });
+  const third = await inService(s, second);
+  // As after a delete that was lost.
+  const body = s.world.event("MaxGroup Termination", "spotmax.maxgroup", [], { "instance-id": old });
+  const maxgroup = { group: "db", kind: "interruption", notice: "n", options: { persistence_dev: DEVICE } };
+  s.world.sendRaw(s.queues.termination, JSON.stringify({ ...JSON.parse(body), maxgroup }));
+  await s.quiet(7200);
+  expect(s.world.ec2.dataOf(volumeAt(s, third, "/dev/sdz")).writes).toEqual(["what came later"]);
+  expect([stateOf(s, data), s.world.ec2.ebs.volumes.get(data)?.tags.get("spotmax:copied")]).toEqual(["available", copy]);
+});
+
+test("a snapshot of an earlier end is not taken for the data of a later one", async () => {
+  const s = new Stage({ snapshotMs: [900_000, 900_000] });
+  const old = first(s.group(fleet(), { ...options, is_enable_od_fallback: false }));
+  const data = volumeAt(s, old, DEVICE);
+  const { zone } = s.world.instance(old);
+  const only = (zones: (at: string) => boolean) => {
+    for (const at of "abc")
+      for (const pool of spotPools(s, `us-east-1${at}`)) pool.capacity = zones(`us-east-1${at}`) ? Number.POSITIVE_INFINITY : 0;
+  };
+  await s.start();
+  // The first replacement is elsewhere, so a snapshot is begun; then the next one is back in the old zone.
+  only((at) => at !== zone);
+  s.world.interrupt(old, { keepCapacity: true });
+  const second = await inService(s, old);
+  await s.until(() => s.world.ec2.ebs.snapshots.size === 1, 300);
+  await s.seconds(200); // until no pool counts as failed a moment ago
+  only((at) => at === zone);
+  s.world.interrupt(second, { keepCapacity: true });
+  await s.until(() => ownerOf(s, data)?.endsWith("/dev/sdz") === true, 600);
+  s.world.ec2.write(data, "what came later");
+  await s.quiet(7200);
+  const third = claimOf(s, second);
+  only((at) => at !== zone);
+  s.world.interrupt(third, { keepCapacity: true });
+  await s.quiet(7200);
+  expect(s.world.ec2.dataOf(volumeAt(s, claimOf(s, third), "/dev/sdz")).writes).toEqual(["what came later"]);
+});
+
+test("a volume that cannot be tagged at first is tagged later, even when its instance has gone meanwhile", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  s.world.intercept = ({ operation, input }) =>
+    operation === "CreateTags" && (input as { Resources: string[] }).Resources.includes(data)
+      ? { before: new AwsError("RequestLimitExceeded", "Request limit exceeded.", 503) }
+      : undefined;
+  s.world.interrupt(old, { noticeSeconds: 20 });
+  await s.seconds(240);
+  s.world.intercept = undefined;
+  await s.quiet(7200);
+  await s.seconds(1800);
+  expect(ownerOf(s, data)).toBe(`${claimOf(s, old)} /dev/sdz`);
+});
+
+test("an heir that stands in Standby gets its data; one that was taken out of the group is reported", async () => {
+  for (const operation of ["EnterStandby", "DetachInstances"]) {
+    const s = new Stage({ shuttingDownMs: [60_000, 60_000] });
+    const old = first(s.group(fleet({ min: 1 }), options));
+    const data = volumeAt(s, old, DEVICE);
+    await s.start();
+    s.world.interrupt(old);
+    const claim = await inService(s, old);
+    await s.until(() => s.world.instance(claim).tags.has("spotmax:attached"), 120);
+    await s.call("autoscaling", operation, {
+      AutoScalingGroupName: "db",
+      InstanceIds: [claim],
+      ShouldDecrementDesiredCapacity: true,
+    });
+    await s.quiet(7200);
+    if (operation === "EnterStandby") expect(ownerOf(s, data)).toBe(`${claim} /dev/sdz`);
+    else {
+      expect([stateOf(s, data), tagOf(s, data)]).toEqual(["available", old]);
+      expect(warnings(s, `--volume-id ${data} --instance-id ${claim}`).length).toBeGreaterThan(0);
+    }
+  }
+});
+
+test("an old describe of an instance does not make its empty volume the data", async () => {
+  for (let seed = 1; seed <= 8; seed++) {
+    const s = new Stage({ seed, staleMs: 5_000 });
+    const old = first(s.group(fleet(), { ...options, detaching_delay_seconds: 0 }));
+    const data = volumeAt(s, old, DEVICE);
+    await s.start();
+    s.world.interrupt(old);
+    const second = await inService(s, old);
+    const empty = volumeAt(s, second, DEVICE);
+    await s.until(() => ownerOf(s, data) === `${second} /dev/sdz`, 300);
+    s.world.interrupt(second);
+    await s.quiet(7200);
+    expect([seed, stateOf(s, empty) ?? "deleted"]).toEqual([seed, "deleted"]);
+    expect([seed, ownerOf(s, data)]).toEqual([seed, `${claimOf(s, second)} /dev/sdz`]);
+  }
+});
+
+test("messages that meet at the snapshot make one of it, and none of them fails", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  for (const pool of spotPools(s, s.world.instance(old).zone)) pool.capacity = 0;
+  await s.start();
+  s.world.interrupt(old);
+  await s.until(() => s.world.instance(old).state === "shutting-down", 300);
+  await s.seconds(5);
+  const [body] = s.world.sqs.bodies(s.queues.termination);
+  await s.until(() => s.world.audit.some(({ what }) => what === "volume detached"), 300);
+  for (let n = 0; n < 4; n++) s.world.sendRaw(s.queues.termination, body ?? "");
+  await s.quiet(7200);
+  expect(s.world.ec2.ebs.snapshots.size).toBe(1);
+  expect(s.lines.filter((l) => l.startsWith("ERRO"))).toEqual([]);
+});

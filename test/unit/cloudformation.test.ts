@@ -145,7 +145,7 @@ describe("the role", () => {
     expect(statement?.Condition).toEqual({
       StringLike: { "aws:RequestTag/spotmax:group": "GroupNamePattern" },
       StringLikeIfExists: { "aws:ResourceTag/spotmax:group": "GroupNamePattern" },
-      "ForAllValues:StringEquals": { "aws:TagKeys": ["spotmax:group", "spotmax:volume"] },
+      "ForAllValues:StringEquals": { "aws:TagKeys": ["spotmax:group", "spotmax:volume", "spotmax:copied"] },
     });
   });
 
