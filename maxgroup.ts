@@ -1697,7 +1697,8 @@ async function sendFollowUp(ctx: Ctx, work: Work, to: QueueName, type: string, d
     id: work.notice.id,
     "detail-type": type,
     source: "spotmax.maxgroup",
-    time: new Date(nowMs).toISOString(),
+    // When it is due: how long a step is patient counts from there.
+    time: new Date(nowMs + delaySeconds * 1000).toISOString(),
     detail: { "instance-id": work.instance },
     maxgroup: carriedBy(work, delaySeconds > 900 ? nowMs + delaySeconds * 1000 : undefined),
   };
