@@ -1757,7 +1757,8 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   if (member && !notice.carried) work.oldProtected = member.isProtected && !isOurs;
   const [group, old] = await Promise.all([ctx.cloud.group(name), ctx.cloud.instance(instance)]);
   work.old = old;
-  if (isOurs) work.oldProtected = group?.protectsNew ?? false;
+  // Where nobody can tell any more (it has just left), it was as its group has them.
+  if (isOurs || (!member && !notice.carried)) work.oldProtected = group?.protectsNew ?? false;
   const fault = await judge(ctx, work, group);
   if (fault) return fault;
 
@@ -2091,13 +2092,14 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
   );
   for (let pass = 0; ; pass++) {
     const desperate = pass > 0 || rungs.at(-1) !== "on-demand";
-    for (; work.rung < ladder.length; work.rung++) {
+    for (; ; work.rung++) {
       // Before a crash, by another daemon, or under a token that came back as a mismatch.
       const claim = winner(await claimsOf(ctx, work.instance));
       if (claim && !(await isLost(ctx, claim))) {
         work.log.info(`${claim.id} was launched before for ${work.instance}: going on with it`);
         return claim.id;
       }
+      if (work.rung >= ladder.length) break;
       // An old one that has left meanwhile needs no new replacement: its group sees to that.
       if (!old || !member) return undefined;
       const { rung, home, only } = ladder[work.rung] ?? { rung: "any spot", home: false };
