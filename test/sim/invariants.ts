@@ -115,6 +115,8 @@ export class Watch {
   /** When a message about an instance last went to a queue: "QUEUE INSTANCE". */
   readonly #sentMs = new Map<string, number>();
   readonly #orders = new Map<string, string>();
+  /** The types that preaction has named as better, by old instance; none for a fallback. */
+  readonly #better = new Map<string, Set<string>>();
 
   constructor(world: World, queues: Queues, traits: Traits) {
     this.#world = world;
@@ -532,6 +534,7 @@ export class Watch {
     const instance = this.#instance(id);
     const better = maxgroup?.better?.flat();
     this.asked.add(id);
+    if (better) this.#better.set(id, new Set([...(this.#better.get(id) ?? []), ...better]));
     if (this.notices.has(id)) return; // a copy, or one that has another notice as well
     this.notices.set(id, { deadlineMs: Number.POSITIVE_INFINITY, owed: false, inTime: false });
     if (!instance || !this.groups.get(instance.group ?? "")?.configured) {
@@ -544,7 +547,10 @@ export class Watch {
         this.find("preaction", `${id} is no fallback old enough to go back to spot`);
       return;
     }
-    if (instance.lifecycle !== "spot" || ageMs < 3_600_000 || !better.length)
+    const band = this.bands.get(instance.type) ?? -1;
+    // The data may have moved since; two of a life's types do.
+    const isBetter = better.some((type) => (this.bands.get(type) ?? 9) < band) || !this.#traits.strict;
+    if (instance.lifecycle !== "spot" || ageMs < 3_600_000 || !isBetter)
       this.find(
         "preaction",
         `${id} (${instance.lifecycle}) was launched ${Math.round(ageMs / 1000)} s ago and is to be replaced`,
@@ -556,10 +562,9 @@ export class Watch {
     if (!this.asked.has(old) || Number.isFinite(this.notices.get(old)?.deadlineMs)) return;
     const [fresh, replaced] = [this.#instance(id), this.#instance(old)];
     if (fresh?.lifecycle !== "spot") this.find("preaction", `${id}, launched for ${old} without need, is on-demand`);
-    const band = (type: string | undefined) => this.bands.get(type ?? "") ?? 9;
-    // The data may have moved since; two of a life's types do.
-    if (this.#traits.strict && replaced?.lifecycle === "spot" && fresh && replaced.type === fresh.type)
-      this.find("preaction", `${id} is a ${fresh.type}, as ${old} was (band ${band(fresh.type)})`);
+    const better = this.#better.get(old);
+    if (better && fresh && !better.has(fresh.type))
+      this.find("preaction", `${id} is a ${fresh.type}, and in the place of ${old} only ${[...better].join(" ")} would do`);
     if (!this.#traits.strict) return;
     const open = [...this.claims].flatMap(([claim, { old: o }]) =>
       this.#isLiving(claim) &&

@@ -711,7 +711,7 @@ class Life {
 
   /** The advisor's data moves, and whoever is to be replaced is interrupted after all. */
   #makeMarket(): void {
-    if (!this.#features.has("preaction")) return;
+    if (!this.#features.has("preaction") || this.#isQuiet) return;
     const { world } = this.#stage;
     const random = streamOf(this.#seed, "market");
     for (let n = random.between([0, 2]); n > 0; n--)
@@ -719,7 +719,6 @@ class Life {
         const type = pick(random, ALL_TYPES);
         if (type && !this.#isOver) this.#watch.bands.set(type, random.between([0, 4]));
       });
-    if (this.#isQuiet) return;
     for (let at = 0; at < this.#stretchMs; at += 15_000)
       world.after(at + random.between([0, 15_000]), () => {
         const asked = [...this.#watch.asked].filter((id) => {
