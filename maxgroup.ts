@@ -3542,9 +3542,9 @@ export function victims(x: Snapshot): Victim[] {
     }
     const band = bands?.get(m.type);
     if (m.lifecycle !== "spot" || !bands || band === undefined || ageMs < GROWN_MS) return [];
-    const better = Array.from({ length: band }, (_, n) => m.offers.filter((type) => bands.get(type) === n)).filter(
-      (t) => t.length,
-    );
+    const bandOf = (type: string) => bands.get(type) ?? band; // what is not known is no better
+    const ranked = m.offers.filter((type) => bandOf(type) < band).sort((a, b) => bandOf(a) - bandOf(b));
+    const better = [...Map.groupBy(ranked.slice(0, MAX_BETTER), bandOf).values()];
     return better.length ? [{ id, launchedMs, band, better }] : [];
   });
   found.sort((a, b) => (a.band === b.band ? a.launchedMs - b.launchedMs || (a.id < b.id ? -1 : 1) : b.band > a.band ? 1 : -1));
@@ -3727,7 +3727,7 @@ async function snapshotOf(
         lifecycle: i.spot ? "spot" : isFallback ? "fallback" : "on-demand",
         isInService: group.members.get(id)?.lifecycleState === "InService" && i.state === "running" && !isOpen,
         notBeforeMs: isFallback ? nextTryMs(tags[TAG.tried]) : (cooldown.get(placeOf(ctx, type, i.zone)) ?? 0),
-        offers: offers.get(group.members.get(id)?.weight ?? 1)?.slice(0, MAX_BETTER) ?? [],
+        offers: offers.get(group.members.get(id)?.weight ?? 1) ?? [],
         bands: advisor?.bands[i.platform],
       };
     }),

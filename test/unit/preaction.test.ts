@@ -118,6 +118,18 @@ const file = (over: object = {}) => ({
   ...over,
 });
 
+describe("of many types", () => {
+  test("as many as a launch can name come along, and the best ones are among them", () => {
+    const types = Array.from({ length: 500 }, (_, n) => `t${n}.large`);
+    const bands = new Map(types.map((type, n) => [type, n < 250 ? 3 : n < 490 ? 2 : 0] as const));
+    const x = snapshot([member("i-1", "worst.large", { offers: types, bands: new Map([...BANDS, ...bands]) })]);
+    const better = victims(x)[0]?.better ?? [];
+    expect(better.map((list) => list.length)).toEqual([10, 90]);
+    expect(better[0]).toEqual(types.slice(490));
+    expect(x.members[0]?.offers).toEqual(types);
+  });
+});
+
 describe("the Spot Advisor's file", () => {
   const read = (region: string, over: object = {}) => parseAdvisor(JSON.stringify(file(over)), region);
 
@@ -260,8 +272,11 @@ describe("for any data and any fleet", () => {
     for (let seed = 1; seed <= SEEDS; seed++) {
       const fleet = new Fleet(seed);
       const bound = fleet.potential();
-      for (let hour = 0; hour < 2_000; hour++) {
-        for (const victim of fleet.look()) {
+      // Eight idle hours are more than any cooldown and any youth: after them nothing can come.
+      for (let [hour, idle] = [0, 0]; hour < 2_000 && idle < 8; hour++) {
+        const found = fleet.look();
+        idle = found.length ? 0 : idle + 1;
+        for (const victim of found) {
           const choices = victim.better?.flat() ?? (fleet.offers.length ? fleet.offers : ["t0.large"]);
           const to = fleet.random.chance(0.3) ? undefined : choices[fleet.random.between([0, choices.length - 1])];
           if (to && victim.better) expect([seed, (fleet.bands.get(to) ?? 9) < victim.band]).toEqual([seed, true]);
