@@ -389,12 +389,46 @@ describe("counted from the cloud", () => {
     await start(s, 1);
     await start(s, 1);
     await s.seconds(3 * HOUR);
+    expect(said(s, "is to be replaced")).toBeLessThanOrEqual(2);
     // One has been let go and runs on for hours: it counts.
     expect(claimsOf(s).length).toBe(1);
     const { visible, delayed, inFlight } = s.world.queueDepth(s.queues.interruption);
     expect(visible + delayed + inFlight).toBe(0);
     await s.seconds(12 * HOUR);
     s.check(olds, { web: [3, 5, 3] });
+  });
+
+  test("messages for more than the limit are not kept: the next look judges afresh", async () => {
+    const { s, olds } = stage({ is_enable_preaction: false });
+    await start(s);
+    for (const old of olds) {
+      const maxgroup = { group: "web", kind: "preaction", notice: old, options: {}, better: [["m6i.large"]] };
+      const body = { "detail-type": "MaxGroup Preaction", id: old, detail: { "instance-id": old }, maxgroup };
+      s.world.sendRaw(s.queues.interruption, JSON.stringify(body));
+    }
+    await s.seconds(5);
+    const { visible, delayed, inFlight } = s.world.queueDepth(s.queues.interruption);
+    expect([visible + delayed + inFlight, claimsOf(s).length]).toEqual([1, 1]);
+    await s.quiet();
+    expect(claimsOf(s).length).toBe(1);
+  });
+
+  test("a replacement that still stands beside its old one is not replaced itself, whatever the data says by then", async () => {
+    const { s, advisor, olds } = stage({ max_num_of_terminated_one_time: 2, preaction_detach_delay_seconds: 3 * HOUR });
+    const [old = ""] = olds;
+    for (const id of olds.slice(1)) s.world.instance(id).type = "m6i.large";
+    dry(s, ["m6i.large"]);
+    await start(s);
+    await s.seconds(10 * MINUTE);
+    expect(claimOn(s, old).type).toBe("m5.large");
+    dry(s, ["m6i.large"], 100);
+    advisor.regions = { "us-east-1": { Linux: { ...BANDS, "m5.large": 4 } } };
+    await s.seconds(2.7 * HOUR);
+    expect(claimsOf(s).length).toBe(1);
+    await s.seconds(4 * HOUR);
+    expect(claimsOf(s).length).toBe(2);
+    await s.seconds(3 * HOUR);
+    expect(typesOf(s)).toEqual(["m6i.large", "m6i.large", "m6i.large"]);
   });
 
   test("messages that nobody handles do not pile up without bound, and are one replacement each when they are", async () => {
