@@ -10,7 +10,7 @@
  * done in tags on the instances, so it can be killed at any point, started again, and run twice.
  *
  * The file reads top to bottom as data flows: flags, config, log, effects, notices, the handler table,
- * the loop, the steps, the instance manager, start-up checks, main.
+ * the loop, the steps, the instance manager, preaction, start-up checks, main.
  */
 import { createHash, createPublicKey, verify } from "node:crypto";
 import { closeSync, existsSync, openSync, readFileSync, writeSync } from "node:fs";
@@ -49,6 +49,8 @@ import {
   type Volume as Ec2Volume,
   type Filter,
   type FleetLaunchTemplateOverridesRequest,
+  GetInstanceTypesFromInstanceRequirementsCommand,
+  type GetInstanceTypesFromInstanceRequirementsCommandInput,
   type Instance,
   type InstanceRequirementsRequest,
   ModifyInstanceAttributeCommand,
@@ -176,7 +178,7 @@ const GROUP_OPTIONS = {
 const ALT = /^alt[1-9]\d*$/;
 const INSTANCE_TYPE = /^[a-z][a-z0-9-]*\.[a-z0-9-]+$/;
 /** Options that this version reads but does not act on yet: a group that asks for one is told so at start. */
-export const NOT_YET = ["is_enable_preaction", "consul_port", "k8s_node_drain_option"] as const;
+export const NOT_YET = ["consul_port", "k8s_node_drain_option"] as const;
 
 /** The known name that is fewest edits away, if it is near enough to be what was meant. */
 export function nearest(name: string, known: string[]): string | undefined {
@@ -453,6 +455,8 @@ export function seelogLevel(xml: string): Level | undefined {
 
 export type Sender<Client extends { send: unknown }> = Pick<Client, "send">;
 export type Deps = {
+  /** Where the clients point. */
+  region: string;
   ec2: Sender<EC2Client>;
   autoScaling: Sender<AutoScalingClient>;
   elb: Sender<ElasticLoadBalancingV2Client>;
@@ -837,6 +841,10 @@ export const TAG = {
   /** On a claim that is being reclaimed before it was attached: the next choice is to follow. */
   lost: "spotmax:lost",
   fallback: "spotmax:fallback",
+  /** On an on-demand fallback: how often spot was sought for it in vain, and when last. */
+  tried: "spotmax:tried",
+  /** On a group: from which types and zones preaction found no better place, and until when it does not look again. */
+  cooldown: "spotmax:cooldown",
   maxSize: "spotmax:max_size",
   /** On a volume: the instance whose data it is; on an instance: its data's volume; on a snapshot: what it copies. */
   volume: "spotmax:volume",
@@ -852,6 +860,9 @@ export type Ec2Instance = {
   state: string;
   stateReason: string;
   spot: boolean;
+  platform: Platform;
+  architecture: string;
+  virtualization: string;
   launchedMs: number;
   tags: Record<string, string>;
   /** By device name; `ends`: goes with the instance. */
@@ -909,6 +920,10 @@ export function toInstance(i: Instance): Ec2Instance | undefined {
     state: i.State?.Name ?? "",
     stateReason: [i.StateReason?.Code, i.StateReason?.Message].filter(Boolean).join(": "),
     spot: i.InstanceLifecycle === "spot",
+    // Red Hat and SUSE are priced apart, and are taken back as Linux is.
+    platform: /windows/i.test(i.PlatformDetails ?? i.Platform ?? "") ? "Windows" : "Linux",
+    architecture: i.Architecture ?? "",
+    virtualization: i.VirtualizationType ?? "",
     launchedMs: i.LaunchTime?.getTime() ?? 0,
     tags: tagsOf(i.Tags),
     volumes: Object.fromEntries(
@@ -1289,6 +1304,12 @@ export type State = {
   /** Old instances whose data could not be kept or tagged yet. */
   atRisk: Set<string>;
   volumesSweptMs: number;
+  /** The last good copy of the Spot Advisor's data, reduced to this region. */
+  advisor: Advisor | undefined;
+  /** What preaction has said and need not say again. */
+  said: Set<string>;
+  /** Members that this process asked to have replaced, their group, and when: the message may not be seen yet. */
+  asked: Map<string, { group: string; atMs: number }>;
 };
 export type Ctx = { deps: Deps; state: State; cloud: Cloud; signal: AbortSignal };
 /** One group's changes: launches share calls, attaches and detaches are made one after another. */
@@ -1326,6 +1347,9 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     leftMs: new Map(),
     atRisk: new Set(),
     volumesSweptMs: Number.NEGATIVE_INFINITY,
+    advisor: undefined,
+    said: new Set(),
+    asked: new Map(),
     firstPass: Promise.resolve(),
   };
   const ctx = { deps, state, signal } as Ctx;
@@ -1381,7 +1405,7 @@ const INSTANCE_ID = /^i-(?:[0-9a-f]{8}|[0-9a-f]{17})$/;
 const instanceId = text("an instance ID", INSTANCE_ID);
 
 type NoticeKind = {
-  kind: "interruption" | "rebalance" | "maintenance";
+  kind: "interruption" | "rebalance" | "maintenance" | "preaction";
   /** The group option that switches this kind on; without one it is always on. */
   option?: "is_to_handle_rebalance_event" | "is_to_handle_maintenance_event";
   /** From the event's time until the instance goes; absent: it may stay. */
@@ -1422,14 +1446,19 @@ const NOTICES: Record<string, NoticeKind> = {
     },
     write: (entityValue) => ({ service: "EC2", eventTypeCategory: "scheduledChange", affectedEntities: [{ entityValue }] }),
   },
+  "MaxGroup Preaction": {
+    kind: "preaction",
+    read: (detail) => [v.parse(oneInstance, detail)["instance-id"]],
+  },
 };
+const PREACTION = "MaxGroup Preaction";
 const DETACH = "MaxGroup Detach";
 const TERMINATION = "MaxGroup Termination";
 
 /** What travels in every copy and follow-up, so that what is begun is finished with the options it began with. */
 const carriedSchema = v.object({
   group: v.string(),
-  kind: v.picklist(["interruption", "rebalance", "maintenance"]),
+  kind: v.picklist(["interruption", "rebalance", "maintenance", "preaction"]),
   notice: v.string(),
   /** Milliseconds since 1970; absent: no hard deadline. */
   deadlineMs: v.optional(v.number()),
@@ -1437,6 +1466,8 @@ const carriedSchema = v.object({
   dueMs: v.optional(v.number()),
   oldProtected: v.optional(v.boolean(), false),
   detachSent: v.optional(v.boolean(), false),
+  /** Preaction: the types that will do instead, a list for each band, the best one first. */
+  better: v.optional(v.array(v.array(v.string()))),
   // Another version's options are left out, so that two versions can share the queues while one is replaced.
   options: v.pipe(
     v.record(v.string(), v.unknown()),
@@ -1459,7 +1490,7 @@ const envelope = v.looseObject({
 
 export type Notice = {
   type: string;
-  kind: "interruption" | "rebalance" | "maintenance";
+  kind: NoticeKind["kind"];
   id: string;
   instances: string[];
   /** The event's own time, ms since 1970. */
@@ -1500,6 +1531,7 @@ export function readNotice(
   }
   const row = Object.hasOwn(NOTICES, type) ? NOTICES[type] : undefined;
   if (!row) return { notOurs: `events of type "${type}" are not for max_group` };
+  if (type === PREACTION && !event.maxgroup) throw new Error(`a ${type} message without its "maxgroup" part`);
   const instances = parseDetail(type, () => row.read(event.detail));
   if (queue !== "interruption_evt_sqs") return { belongsOn: "interruption_evt_sqs", type };
   if (!instances.length) return { notOurs: `this "${type}" names no EC2 instance to be moved` };
@@ -1556,6 +1588,7 @@ type Step = {
 const hasDeadline = (work: Work) => work.deadlineMs !== undefined;
 const hasVolume = (work: Work) => work.options.persistence_dev !== undefined;
 const hasNoDeadline = (work: Work) => work.deadlineMs === undefined;
+const isPreaction = (work: Work) => work.notice.kind === "preaction";
 
 export const TABLE: Record<QueueName, Step[]> = {
   interruption_evt_sqs: [
@@ -1567,6 +1600,7 @@ export const TABLE: Record<QueueName, Step[]> = {
     { name: "attach", run: attach },
     { name: "send detach message", when: hasNoDeadline, run: sendDetachMessage },
     { name: "protect volume", when: (work) => hasVolume(work) && hasNoDeadline(work), run: protectVolume },
+    { name: "remember how it came out", when: isPreaction, run: rememberOutcome },
   ],
   detach_evt_sqs: [
     { name: "protect volume", when: "persistence_dev", run: protectVolume },
@@ -1596,6 +1630,8 @@ export type Work = {
   deadlineMs: number | undefined;
   oldProtected: boolean;
   detachSent: boolean;
+  /** Preaction: the types that will do instead, the best band first; absent for a fallback that goes back to spot. */
+  better: string[][] | undefined;
   /** A launch call is out and unanswered: the message may not be given back, for the next one would launch again. */
   launchOut: boolean;
   /** How long each hold on the message lasts, and when the present one began. */
@@ -1776,6 +1812,7 @@ function newWork(
     deadlineMs,
     oldProtected: carried?.oldProtected ?? false,
     detachSent: carried?.detachSent ?? false,
+    better: carried?.better,
     leaseSeconds: ctx.state.config.global[queue].visibility_timeout_seconds,
     leasedMs: ctx.deps.now(),
     launchOut: false,
@@ -1858,8 +1895,8 @@ async function runOnce(ctx: Ctx, work: Work): Promise<Result> {
 }
 
 function carriedBy(work: Work, dueMs?: number): Carried {
-  const { group, options, deadlineMs, oldProtected, detachSent, notice } = work;
-  return { group, options, deadlineMs, dueMs, oldProtected, detachSent, kind: notice.kind, notice: notice.id };
+  const { group, options, deadlineMs, oldProtected, detachSent, better, notice } = work;
+  return { group, options, deadlineMs, dueMs, oldProtected, detachSent, better, kind: notice.kind, notice: notice.id };
 }
 /** The message once more, later, with what is known by now. */
 async function sendCopy(ctx: Ctx, work: Work, afterSeconds: number): Promise<void> {
@@ -1879,11 +1916,25 @@ async function sendFollowUp(ctx: Ctx, work: Work, to: QueueName, type: string, d
     id: work.notice.id,
     "detail-type": type,
     source: "spotmax.maxgroup",
-    time: new Date(nowMs).toISOString(),
+    // When it is due: how long a step is patient counts from there.
+    time: new Date(nowMs + delaySeconds * 1000).toISOString(),
     detail: { "instance-id": work.instance },
     maxgroup: carriedBy(work, delaySeconds > 900 ? nowMs + delaySeconds * 1000 : undefined),
   };
   await ctx.cloud.send({ queue: ctx.state.config.global[to].queue_url, body: JSON.stringify(body), delaySeconds });
+}
+
+/** A message that no other led to. */
+async function sendOwn(
+  ctx: Ctx,
+  to: QueueName,
+  what: Pick<Notice, "type" | "kind" | "id" | "instances">,
+  carried: Pick<Work, "group"> & Partial<Work>,
+): Promise<void> {
+  const notice: Notice = { ...what, timeMs: undefined, carried: undefined };
+  const work = newWork(ctx, to, "", "", "", ctx.deps.now(), 1, notice);
+  const options = ctx.state.groups.get(carried.group)?.options ?? work.options;
+  await sendFollowUp(ctx, { ...work, options, ...carried }, to, what.type, 0);
 }
 
 // ─── Steps: find group, detach message ───────────────────────────────────────────────────────────────────
@@ -1926,7 +1977,8 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   if (member && !notice.carried) work.oldProtected = member.isProtected && !isOurs;
   const [group, old] = await Promise.all([ctx.cloud.group(name), ctx.cloud.instance(instance)]);
   work.old = old;
-  if (isOurs) work.oldProtected = group?.protectsNew ?? false;
+  // Where nobody can tell any more (it has just left), it was as its group has them.
+  if (isOurs || (!member && !notice.carried)) work.oldProtected = group?.protectsNew ?? false;
   const fault = await judge(ctx, work, group);
   if (fault) return fault.is === "skip" && row?.deadlineSeconds && hasVolume(work) ? keepData(ctx, work, fault) : fault;
 
@@ -1992,34 +2044,43 @@ async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promis
 /** A claim that is not worth waiting for; one that was attached all the same counts like any member. */
 const isLost = async (ctx: Ctx, claim: Ec2Instance) => TAG.lost in claim.tags && !(await ctx.cloud.member(claim.id));
 
+/**
+ * Old instances that are being replaced, or on their way out and running, by what the cloud shows; `leaving` ones that
+ * somebody has attached again are members like any other.
+ */
+async function inHandOf(ctx: Ctx, group: string): Promise<Set<string>> {
+  const tagged = await ctx.cloud.describe("counting what is in hand", [
+    { Name: `tag:${TAG.group}`, Values: [group] },
+    { Name: "instance-state-name", Values: ["pending", "running"] },
+  ]);
+  const detached = await ctx.cloud.describe("counting what is on its way out", [
+    { Name: `tag:${TAG.detached}`, Values: [group] },
+    { Name: "instance-state-name", Values: ["running"] },
+  ]);
+  const members = await Promise.all(detached.map((i) => ctx.cloud.member(i.id)));
+  return new Set([
+    ...tagged.flatMap((c) => (isSettled(c) ? [] : [replacedBy(c) ?? c.id])),
+    ...detached.flatMap((i, n) => (members[n] ? [] : [i.id])),
+  ]);
+}
+
 /** Without a hard deadline: so many at a time in a group, counted from the cloud, and none that is young. */
 async function admit(ctx: Ctx, work: Work, old: Ec2Instance | undefined): Promise<Result> {
-  if (old && cloudNow(ctx) - old.launchedMs < YOUNG_MS) return retry("younger than ten minutes", 120);
+  // Preaction does not wait: the next look judges afresh, and messages that wait would pile up. After a crash a launch may not be visible yet.
+  const later = (reason: string, seconds: number) =>
+    isPreaction(work) && work.received === 1 ? skip(reason) : retry(reason, seconds);
+  if (old && cloudNow(ctx) - old.launchedMs < YOUNG_MS) return later("younger than ten minutes", 120);
   const { max_num_of_terminated_one_time: limit } = work.options;
   const admitted = ctx.state.admitted.get(work.group) ?? new Set<string>();
   ctx.state.admitted.set(work.group, admitted);
   if (admitted.has(work.instance)) return done;
   const inHand = await lane(ctx, work.group).exclusive(async () => {
-    const tagged = await ctx.cloud.describe("counting what is in hand", [
-      { Name: `tag:${TAG.group}`, Values: [work.group] },
-      { Name: "instance-state-name", Values: ["pending", "running"] },
-    ]);
-    const detached = await ctx.cloud.describe("counting what is on its way out", [
-      { Name: `tag:${TAG.detached}`, Values: [work.group] },
-      { Name: "instance-state-name", Values: ["running"] },
-    ]);
-    const members = await Promise.all(detached.map((i) => ctx.cloud.member(i.id))); // attached again by somebody: not on its way
-    const leaving = detached.filter((_, n) => !members[n]);
-    const olds = new Set([
-      ...admitted,
-      ...tagged.flatMap((c) => (isSettled(c) ? [] : [replacedBy(c) ?? c.id])),
-      ...leaving.map((i) => i.id),
-    ]);
-    olds.delete(work.instance);
-    if (olds.size < limit) admitted.add(work.instance);
-    return olds.size;
+    const olds = new Set([...admitted, ...(await inHandOf(ctx, work.group))]);
+    const isBegun = olds.delete(work.instance);
+    if (isBegun || olds.size < limit) admitted.add(work.instance);
+    return isBegun ? 0 : olds.size;
   });
-  if (inHand >= limit) return retry(`${inHand} of at most ${limit} in hand in ${work.group}`, 60);
+  if (inHand >= limit) return later(`${inHand} of at most ${limit} in hand in ${work.group}`, 60);
   work.log.info(`${work.notice.kind} notice: replacing ${work.instance}, no hurry`, { type: old?.type, zone: old?.zone });
   return done;
 }
@@ -2053,7 +2114,7 @@ export type Pool = {
 };
 /** Why a pool is avoided: its instances are being taken back, or it had nothing lately. */
 type PoolMemory = (lifecycle: "spot" | "on-demand", type: string, zone: string) => "failed" | "reclaimed" | undefined;
-export type LaunchItem = { work: Work; rung: Rung; home: boolean; desperate: boolean; ask: string };
+export type LaunchItem = { work: Work; rung: Rung; home: boolean; desperate: boolean; only: string[] | undefined; ask: string };
 
 /** Which rungs a notice may climb: an on-demand member stays on-demand; without a hard deadline nothing turns on-demand. */
 export function rungsFor(spotMember: boolean, hardDeadline: boolean, fallback: boolean): Rung[] {
@@ -2086,9 +2147,12 @@ export function planLaunch(x: {
   /** Try pools that failed a moment ago as well: nothing else is left to try. */
   desperate: boolean;
   alt: string[];
+  /** Nothing but these types will do: then only where the group stays balanced, else AZRebalance would move it back. */
+  only?: string[];
   /** One subnet a zone (a fleet cannot name two of one zone); undefined: the template names it. */
   subnets: Map<string, string | undefined>;
   templateType: string | undefined;
+  templateRequirements?: InstanceRequirementsRequest;
   /** Whether a type can be had in a zone at all; absent: not asked. */
   isOffered?: (type: string, zone: string) => boolean;
   memory: PoolMemory;
@@ -2097,17 +2161,11 @@ export function planLaunch(x: {
   const template = group.template;
   if (!template) return [];
   const lifecycle = rung === "on-demand" ? "on-demand" : "spot";
-  const wanted = x.home ? [old.zone] : rung === "balanced spot" ? balancedZones(group, old.zone, x.alone) : group.zones;
+  const staysBalanced = rung === "balanced spot" || (x.only !== undefined && !group.suspended.has("AZRebalance"));
+  const wanted = x.home ? [old.zone] : staysBalanced ? balancedZones(group, old.zone, x.alone) : group.zones;
   const zones = wanted.filter((z) => x.subnets.has(z));
-  const weighted = group.overrides.some((o) => o.weight !== 1) || group.desiredType !== "units";
-  let offers: Override[] = group.overrides.length ? group.overrides : [{ type: x.templateType, weight: 1 }];
-  if (weighted && group.desiredType === "units") {
-    offers = offers.filter((o) => o.weight === old.weight);
-    if (!offers.length) offers = [{ type: old.type, weight: old.weight }];
-  } else if (weighted)
-    offers = offers.map((o) => ({ ...o, requirements: ofWeight(o.requirements, group.desiredType, old.weight) }));
-  else if (rung === "any spot")
-    offers = [...offers, ...x.alt.filter((type) => !offers.some((o) => o.type === type)).map((type) => ({ type, weight: 1 }))];
+  const all = offersFor({ ...x, alt: rung === "any spot" ? x.alt : [] });
+  const offers = x.only ? restricted(all, x.only) : all;
 
   // A type may be named twice, for two templates; a pool asked for twice is refused.
   const distinct = offers.filter((o, i) => !o.type || offers.findIndex((other) => other.type === o.type) === i);
@@ -2123,9 +2181,43 @@ export function planLaunch(x: {
   const without = (avoid: (p: Pool) => boolean) =>
     offered.filter((p) => !avoid(p)).map((p) => excluding(p, old, lifecycle, memory));
   const fresh = without((p) => state(p) !== undefined);
-  if (fresh.length || rung === "balanced spot") return fresh;
+  if (fresh.length || rung === "balanced spot" || x.only) return fresh;
   const untried = without((p) => state(p) === "failed");
   return untried.length || !x.desperate ? untried : offered;
+}
+
+/** What a group allows in the place of an instance of this type and weight. */
+function offersFor(x: {
+  group: Group;
+  old: { type: string; weight: number };
+  alt: string[];
+  templateType: string | undefined;
+  templateRequirements?: InstanceRequirementsRequest;
+}): Override[] {
+  const { group, old } = x;
+  const offers: Override[] = group.overrides.length
+    ? group.overrides
+    : [{ type: x.templateType, requirements: x.templateRequirements, weight: 1 }];
+  if (group.desiredType !== "units")
+    return offers.map((o) => ({ ...o, requirements: ofWeight(o.requirements, group.desiredType, old.weight) }));
+  if (group.overrides.some((o) => o.weight !== 1)) {
+    const same = offers.filter((o) => o.weight === old.weight);
+    return same.length ? same : [{ type: old.type, weight: old.weight }];
+  }
+  return [...offers, ...x.alt.filter((type) => !offers.some((o) => o.type === type)).map((type) => ({ type, weight: 1 }))];
+}
+
+/** Of these offers, what is one of `only`; AWS takes lists of allowed types with wildcards. */
+function restricted(offers: Override[], only: string[]): Override[] {
+  const fits = (patterns: string[], type: string) =>
+    patterns.some((p) => new RegExp(`^${p.replaceAll(".", "\\.").replaceAll("*", ".*")}$`).test(type));
+  return offers.flatMap((o) => {
+    if (o.type) return only.includes(o.type) ? [o] : [];
+    if (!o.requirements) return [];
+    const { AllowedInstanceTypes: allowed = [], ExcludedInstanceTypes: excluded = [], ...rest } = o.requirements;
+    const types = only.filter((type) => (!allowed.length || fits(allowed, type)) && !fits(excluded, type));
+    return types.length ? [{ ...o, requirements: { ...rest, AllowedInstanceTypes: types } }] : [];
+  });
 }
 
 /** Attribute-based: the old one's type, which is being reclaimed in this zone, is left out by name. */
@@ -2169,7 +2261,8 @@ async function claimsOf(ctx: Ctx, old: string): Promise<Ec2Instance[]> {
   for (;;) {
     const seen = new Map(((await ctx.cloud.naming(old)) ?? []).map((c) => [c.id, c]));
     for (const c of ctx.state.claims.values()) {
-      if (!c.tags[TAG.replaces]?.split(" ").includes(old)) continue;
+      const olds = c.tags[TAG.replaces] ?? "";
+      if (!olds.includes(old) || !olds.split(" ").includes(old)) continue; // the first look is the fast one
       const shown = seen.get(c.id);
       seen.set(c.id, shown ? { ...shown, tags: { ...c.tags, ...shown.tags } } : c);
     }
@@ -2206,7 +2299,10 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
     return done;
   }
   if (flying) return again("the other notice's launch came to nothing"); // that one may have had fewer rungs, or no deadline
-  if (work.deadlineMs === undefined) return skip("no capacity for a better place now: the old one stays", "info");
+  if (work.deadlineMs === undefined) {
+    if (isPreaction(work)) await rememberFailure(ctx, work, "no capacity");
+    return skip("no capacity for a better place now: the old one stays", "info");
+  }
   return skip("no capacity anywhere until the deadline: the group substitutes when the old one goes", "error");
 }
 
@@ -2225,11 +2321,15 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
   const { old, member, deadlineMs, options } = work;
   const spotMember = old !== undefined && (old.spot || TAG.fallback in old.tags);
   const rungs = rungsFor(spotMember, deadlineMs !== undefined, options.is_enable_od_fallback);
+  // Preaction takes better bands only, the best one first; a fallback that goes back to spot takes any.
+  const lists = !isPreaction(work) || (old && TAG.fallback in old.tags) ? [undefined] : old?.spot ? (work.better ?? []) : [];
   // A volume cannot leave its zone: its owner tries every rung there first.
-  const ladder = rungs.flatMap((rung) => [...(options.persistence_dev ? [{ rung, home: true }] : []), { rung, home: false }]);
+  const ladder = lists.flatMap((only) =>
+    rungs.flatMap((rung) => [...(options.persistence_dev ? [{ rung, home: true, only }] : []), { rung, home: false, only }]),
+  );
   for (let pass = 0; ; pass++) {
     const desperate = pass > 0 || rungs.at(-1) !== "on-demand";
-    for (; work.rung < ladder.length; work.rung++) {
+    for (; ; work.rung++) {
       // Before a crash, by another daemon, or under a token that came back as a mismatch.
       const claim = winner(await claimsOf(ctx, work.instance));
       if (claim && !(await isLost(ctx, claim))) {
@@ -2237,14 +2337,15 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
         return claim.id;
       }
       if (!claim && (await isSubstituted(ctx, work))) return SUBSTITUTED;
+      if (work.rung >= ladder.length) break;
       // An old one that has left meanwhile needs no new replacement: its group sees to that.
       if (!old || !member) return undefined;
-      const { rung, home } = ladder[work.rung] ?? { rung: "any spot", home: false };
+      const { rung, home, only } = ladder[work.rung] ?? { rung: "any spot", home: false };
       // Notices that ask for the same share one call; a volume's owner shares none.
-      const place = rung === "balanced spot" ? member.zone : "";
+      const place = rung === "balanced spot" || only ? member.zone : "";
       const alone = options.persistence_dev ? work.instance : "";
-      const ask = JSON.stringify([rung, home, spotMember, member.weight, place, desperate, options.alt, alone]);
-      const id = await lane(ctx, work.group).launch({ work, rung, home, desperate, ask });
+      const ask = JSON.stringify([rung, home, spotMember, member.weight, place, desperate, options.alt, alone, only]);
+      const id = await lane(ctx, work.group).launch({ work, rung, home, desperate, only, ask });
       if (id) return id;
     }
     work.rung = 0;
@@ -2321,8 +2422,10 @@ async function planBatch(
     alone: inHand.length < 2,
     desperate: first.desperate,
     alt: options.alt,
+    only: first.only,
     subnets: await subnetsByZone(ctx, group, data.namesSubnet),
     templateType: data.type,
+    templateRequirements: first.only && data.requirements,
     memory: poolMemory(ctx),
   });
   if (!pools.length) return undefined;
@@ -2397,6 +2500,9 @@ async function noteClaims(ctx: Ctx, { tags, count, lifecycle }: Launch, ids: str
     state: "pending",
     stateReason: "",
     spot: lifecycle === "spot",
+    platform: "Linux" as const,
+    architecture: "",
+    virtualization: "",
     launchedMs: cloudNow(ctx),
     tags: tagged,
     volumes: {},
@@ -2528,11 +2634,18 @@ async function cached<T>(ctx: Ctx, key: string, read: () => Promise<T>): Promise
 
 type TemplateData = {
   type: string | undefined;
+  requirements: InstanceRequirementsRequest | undefined;
   asksForSpot: boolean;
   namesSubnet: string | undefined;
   volumes: Record<string, { VolumeType?: string; VolumeSize?: number }>;
 };
-const noTemplate: TemplateData = { type: undefined, asksForSpot: false, namesSubnet: undefined, volumes: {} };
+const noTemplate: TemplateData = {
+  type: undefined,
+  requirements: undefined,
+  asksForSpot: false,
+  namesSubnet: undefined,
+  volumes: {},
+};
 const templateOf = (ctx: Ctx, spec: LaunchTemplateSpecification) =>
   cached(ctx, JSON.stringify(spec), () => readTemplate(ctx, spec));
 async function readTemplate(ctx: Ctx, spec: LaunchTemplateSpecification): Promise<TemplateData> {
@@ -2549,6 +2662,7 @@ async function readTemplate(ctx: Ctx, spec: LaunchTemplateSpecification): Promis
   const data = version?.LaunchTemplateData;
   return {
     type: data?.InstanceType,
+    requirements: data?.InstanceRequirements as InstanceRequirementsRequest | undefined,
     asksForSpot: data?.InstanceMarketOptions?.MarketType === "spot",
     namesSubnet: data?.NetworkInterfaces?.find((n) => n.SubnetId)?.SubnetId,
     volumes: Object.fromEntries(
@@ -3432,7 +3546,10 @@ async function sweepVolumes(ctx: Ctx): Promise<void> {
     state.leftMs.set(volume.id, Number.POSITIVE_INFINITY);
     const copy = volume.tags[TAG.copied] ?? there;
     if (copy) ctx.deps.log.warn(copiedText(volume.id, copy), { volume: volume.id });
-    else await sendOwn(ctx, "termination_evt_sqs", TERMINATION, owner, volume.tags[TAG.group] ?? "");
+    else {
+      const notice = { type: TERMINATION, kind: "rebalance" as const, id: owner, instances: [owner] };
+      await sendOwn(ctx, "termination_evt_sqs", notice, { group: volume.tags[TAG.group] ?? "" });
+    }
   }
 }
 
@@ -3623,7 +3740,8 @@ async function actOnClaim(
     if (ctx.deps.now() - last < LEAK_MS) return; // it is on its way
     ctx.state.actedMs.set(`${claim.id} reminded`, ctx.deps.now());
     const oldProtected = (await ctx.cloud.group(name))?.members.get(old)?.isProtected ?? false;
-    await sendOwn(ctx, "detach_evt_sqs", DETACH, old, name, { options, oldProtected });
+    const notice = { type: DETACH, kind: "rebalance" as const, id: claim.id, instances: [old] };
+    await sendOwn(ctx, "detach_evt_sqs", notice, { group: name, options, oldProtected });
     log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
   } else if (what === "end outside") {
     if (await ctx.cloud.member(claim.id)) return; // the second read
@@ -3651,21 +3769,6 @@ async function actOnClaim(
     ctx.state.claims.delete(claim.id);
     log.info(`ended ${claim.id} in ${name}: it was one too many`);
   }
-}
-
-/** A message of the manager's own, where the one that was to do it may be lost. */
-async function sendOwn(
-  ctx: Ctx,
-  queue: QueueName,
-  type: string,
-  instance: string,
-  group: string,
-  more: Partial<Work> = {},
-): Promise<void> {
-  const notice: Notice = { type, kind: "rebalance", id: instance, instances: [instance], timeMs: undefined, carried: undefined };
-  const work = newWork(ctx, queue, "", "", "", ctx.deps.now(), 1, notice);
-  const options = ctx.state.groups.get(group)?.options ?? work.options;
-  await sendFollowUp(ctx, { ...work, group, options, ...more }, queue, type, 0);
 }
 
 /** Puts a maximum that we raised back, once nothing needs it; true while that is to come. */
@@ -3727,6 +3830,350 @@ async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Prom
   });
 }
 
+// ─── Preaction ───────────────────────────────────────────────────────────────────────────────────────────
+// Spot types differ in how often AWS takes them back; the public Spot Advisor says how often, by region. Now and
+// then a member in a worse band than need be is asked to be replaced, and an on-demand fallback to go back to spot:
+// a message like any other notice, which takes the table's road. Nothing is replaced on a guess, for a better place
+// only, and what was sought in vain is remembered in tags, so that a steady market sees no churn.
+
+const SPOT_ADVISOR_URL = "https://spot-bid-advisor.s3.amazonaws.com/spot-advisor-data.json";
+const LOOK_MS = 60_000;
+const GROWN_MS = 3_600_000;
+/** For so long a message may be on its way; then its instance may be asked for again. */
+const ASKED_MS = 5 * 60_000;
+const COOLDOWN_MS = 6 * 3_600_000;
+const LONGEST_PAUSE_MS = 3_600_000;
+/** AWS takes 300 overrides, type by zone. */
+const MAX_BETTER = 100;
+const TAG_LENGTH = 256;
+
+export type Platform = "Linux" | "Windows";
+/** Bands are places in a row, 0 the best; `labels` says for each how often instances are taken back in a month. */
+export type Bands = { labels: string[]; bands: Record<Platform, Map<string, number>> };
+type Advisor = Bands & { url: string; etag: string | undefined };
+
+const advisorFile = v.object({
+  ranges: v.pipe(v.array(v.object({ index: v.number(), label: v.string(), max: v.number() })), v.minLength(1)),
+  spot_advisor: v.record(v.string(), v.unknown()),
+});
+const advisorTypes = v.optional(v.record(v.string(), v.object({ r: v.number() })), {});
+const advisorRegion = v.optional(v.object({ Linux: advisorTypes, Windows: advisorTypes }), {});
+
+/** The Spot Advisor's file, 5 MB of it, to what it says about one region; no bands where it says nothing. Throws. */
+export function parseAdvisor(json: string, region: string): Bands {
+  const file = v.safeParse(advisorFile, JSON.parse(json));
+  if (!file.success) throw new Error(`not the Spot Advisor's form: ${faultsOf(file.issues)}`);
+  const part = v.safeParse(advisorRegion, file.output.spot_advisor[region]);
+  if (!part.success) throw new Error(`not the Spot Advisor's form, in ${region}: ${faultsOf(part.issues.slice(0, 3))}`);
+  const ranges = file.output.ranges.toSorted((a, b) => a.max - b.max);
+  const place = new Map(ranges.map(({ index }, n) => [index, n]));
+  const bandsOf = (types: Record<string, { r: number }>) =>
+    new Map(
+      Object.entries(types).flatMap(([type, { r }]): [string, number][] => {
+        const band = place.get(r);
+        return band === undefined ? [] : [[type, band]];
+      }),
+    );
+  return {
+    labels: ranges.map(({ label }) => label),
+    bands: { Linux: bandsOf(part.output.Linux), Windows: bandsOf(part.output.Windows) },
+  };
+}
+
+/** What a look at a group shows; times in ms. */
+export type Snapshot = {
+  nowMs: number;
+  limit: number;
+  /** Members that are being replaced or asked to be, and those on their way out. */
+  inHand: string[];
+  /** As many in service as desired, and nobody on the way in or out. */
+  isSteady: boolean;
+  /** So old an on-demand fallback goes back to spot; 0: never. */
+  leastLiveMs: number;
+  members: {
+    id: string;
+    type: string;
+    lifecycle: "spot" | "fallback" | "on-demand";
+    isInService: boolean;
+    launchedMs: number;
+    /** Nothing was to be had for it lately: not before this time. */
+    notBeforeMs: number;
+    /** The types that the group allows in its place. */
+    offers: string[];
+    /** By type; absent: preaction is off, or nobody knows. */
+    bands?: ReadonlyMap<string, number>;
+  }[];
+};
+/** Absent `better`: a fallback, for which any spot will do. */
+export type Victim = { id: string; band: number; better?: string[][] };
+
+/** Whom to replace now, the worst first. Pure. */
+export function victims(x: Snapshot): Victim[] {
+  const room = x.limit - x.inHand.length;
+  if (!x.isSteady || room <= 0) return [];
+  const found = x.members.flatMap((m): (Victim & { launchedMs: number })[] => {
+    const { id, launchedMs, bands } = m;
+    if (!m.isInService || x.inHand.includes(id) || x.nowMs < m.notBeforeMs) return [];
+    const ageMs = x.nowMs - launchedMs;
+    if (m.lifecycle === "fallback") {
+      const isDue = x.leastLiveMs > 0 && ageMs >= Math.max(x.leastLiveMs, YOUNG_MS);
+      return isDue ? [{ id, launchedMs, band: Number.POSITIVE_INFINITY }] : [];
+    }
+    const band = bands?.get(m.type);
+    if (m.lifecycle !== "spot" || !bands || band === undefined || ageMs < GROWN_MS) return [];
+    const bandOf = (type: string) => bands.get(type) ?? band; // what is not known is no better
+    const ranked = m.offers.filter((type) => bandOf(type) < band).sort((a, b) => bandOf(a) - bandOf(b));
+    const better = [...Map.groupBy(ranked.slice(0, MAX_BETTER), bandOf).values()];
+    return better.length ? [{ id, launchedMs, band, better }] : [];
+  });
+  found.sort((a, b) => (a.band === b.band ? a.launchedMs - b.launchedMs || (a.id < b.id ? -1 : 1) : b.band > a.band ? 1 : -1));
+  return found.slice(0, room).map(({ id, band, better }) => (better ? { id, band, better } : { id, band }));
+}
+
+/** `spotmax:cooldown` = TYPE/ZONE=TIME ..., to the minute: where there was nothing better, and until when. */
+export function readCooldown(tag: string | undefined): Map<string, number> {
+  return new Map(
+    [...(tag ?? "").matchAll(/(\S+)=(\d{4}-\d\d-\d\dT\d\d:\d\dZ)/g)].map(([, place = "", time = ""]) => [
+      place,
+      Date.parse(time),
+    ]),
+  );
+}
+/** The tag with one place more; what is over goes, and where there is no room, what ends first. */
+export function addCooldown(tag: string | undefined, place: string, untilMs: number, nowMs: number): string {
+  const known = [...readCooldown(tag).set(place, untilMs)].filter(([, ms]) => ms > nowMs).sort(([, a], [, b]) => b - a);
+  let text = "";
+  for (const [name, ms] of known) {
+    const next = `${text} ${name}=${new Date(ms).toISOString().slice(0, 16)}Z`.trim();
+    if (next.length <= TAG_LENGTH) text = next;
+  }
+  return text;
+}
+
+/** `spotmax:tried` = TIMES TIME: when to seek spot for a fallback again, after 5 minutes, 10, 20, up to an hour. */
+export function nextTryMs(tag: string | undefined): number {
+  const [times, time = ""] = tag?.split(" ") ?? [];
+  const lastMs = Date.parse(time);
+  return Number.isNaN(lastMs) ? 0 : lastMs + Math.min(LONGEST_PAUSE_MS, ASKED_MS * 2 ** (Number(times) - 1));
+}
+
+/** A type in a zone, which stands without its region's name: a tag has little room. */
+const placeOf = (ctx: Ctx, type: string, zone: string) =>
+  `${type}/${zone.startsWith(ctx.deps.region) ? zone.slice(ctx.deps.region.length) : zone}`;
+
+function sayOnce(ctx: Ctx, level: Level, matter: string, message: string): void {
+  if (!ctx.state.said.has(matter)) ctx.deps.log[level](message);
+  ctx.state.said.add(matter);
+}
+
+/** Looks every minute for fallbacks that are old enough, and in its own interval at all members. */
+async function preactionLoop(ctx: Ctx): Promise<void> {
+  let snapshotMs = Number.NEGATIVE_INFINITY;
+  while (!ctx.signal.aborted) {
+    try {
+      await pause(ctx, LOOK_MS);
+      const intervalMs = snapshotIntervalMinutes(ctx.state.config) * 60_000;
+      const isSnapshot = intervalMs > 0 && ctx.deps.now() - snapshotMs >= intervalMs;
+      if (isSnapshot) snapshotMs = ctx.deps.now();
+      await look(ctx, isSnapshot);
+    } catch (error) {
+      if (error instanceof Stopped) return;
+      ctx.deps.log.error(`preaction: ${errorText(error)}; trying again`, { error: errorName(error) });
+    }
+  }
+}
+
+async function look(ctx: Ctx, isSnapshot: boolean): Promise<void> {
+  const { state, deps } = ctx;
+  for (const [id, { atMs }] of state.asked) if (deps.now() - atMs >= ASKED_MS) state.asked.delete(id);
+  const groups = [...state.groups].filter(([, { broken }]) => !broken);
+  const isWanted = isSnapshot && groups.some(([, { options }]) => options.is_enable_preaction);
+  const advisor = isWanted ? await readAdvisor(ctx) : undefined;
+  await Promise.all(
+    groups.map(async ([name, { options }]) => {
+      try {
+        await lookAt(ctx, name, options, options.is_enable_preaction ? advisor : undefined);
+      } catch (error) {
+        if (error instanceof Stopped) throw error;
+        deps.log.error(`preaction: ${errorText(error)}; trying again`, { group: name, error: errorName(error) });
+      }
+    }),
+  );
+}
+
+/** The public data, or its last good copy; undefined: nobody knows. Asked for again only where it has changed. */
+async function readAdvisor(ctx: Ctx): Promise<Advisor | undefined> {
+  const { state, deps } = ctx;
+  const url = state.config.system.spot_advisor_url ?? SPOT_ADVISOR_URL;
+  const etag = state.advisor?.url === url ? state.advisor.etag : undefined;
+  try {
+    const fresh = await aws(
+      ctx,
+      `reading ${url}`,
+      async ({ abortSignal }) => {
+        const answer = await deps.fetch(url, { signal: abortSignal, headers: etag ? { "if-none-match": etag } : {} });
+        if (answer.status === 304 && etag) return undefined;
+        const name = answer.status >= 500 ? "ServiceUnavailable" : "HttpError";
+        if (answer.status !== 200) throw Object.assign(new Error(`HTTP ${answer.status}`), { name });
+        return { json: await answer.text(), etag: answer.headers.get("etag") ?? undefined };
+      },
+      { tries: 3, timeoutMs: 60_000 },
+    );
+    if (fresh) state.advisor = { url, etag: fresh.etag, ...parseAdvisor(fresh.json, deps.region) };
+    state.said.delete("advisor");
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    const then = state.advisor ? "the last good copy stays" : "nothing is replaced before its time";
+    sayOnce(ctx, "warn", "advisor", `the Spot Advisor's data cannot be had, ${then}: ${errorText(error)}`);
+  }
+  const { bands } = state.advisor ?? {};
+  if (bands?.Linux.size || bands?.Windows.size) return state.advisor;
+  if (bands)
+    sayOnce(ctx, "warn", "region", `the Spot Advisor has no data on ${deps.region}: is_enable_preaction does nothing here`);
+  return undefined;
+}
+
+/** Asks for the replacement of those who should go; without the advisor's data only fallbacks are looked at. */
+async function lookAt(ctx: Ctx, name: string, options: GroupOptions, advisor: Advisor | undefined): Promise<void> {
+  const isOurs = (id: string) => TAG.fallback in (ctx.state.claims.get(id)?.tags ?? {});
+  const hasFallback = ctx.state.claims.values().some((c) => c.tags[TAG.group] === name && isOurs(c.id));
+  if (!advisor && !(hasFallback && options.od_least_live_mins)) return;
+  const group = await ctx.cloud.group(name);
+  if (!group) return;
+  const looked = [...group.members.values()].filter((m) => advisor || isOurs(m.id));
+  const instances = (await Promise.all(looked.map((m) => ctx.cloud.instance(m.id)))).flatMap((i) => i ?? []);
+  const snapshot = await snapshotOf(ctx, group, options, instances, advisor);
+  if (!victims({ ...snapshot, inHand: [] }).length) return;
+  const asked = [...ctx.state.asked].flatMap(([id, a]) => (a.group === name && group.members.has(id) ? [id] : []));
+  const inHand = [...new Set([...(await inHandOf(ctx, name)), ...asked])];
+  for (const victim of victims({ ...snapshot, inHand })) {
+    const { type = "", platform = "Linux" } = instances.find((i) => i.id === victim.id) ?? {};
+    const label = (of: string) => advisor?.labels[advisor.bands[platform].get(of) ?? 0];
+    const [best = ""] = victim.better?.[0] ?? [];
+    const why = victim.better
+      ? `of ${type} AWS takes back ${label(type)} a month, of ${best} ${label(best)}`
+      : "an on-demand fallback goes back to spot";
+    ctx.deps.log.info(`preaction: ${victim.id} is to be replaced: ${why}`, { group: name, instance: victim.id });
+    await ask(ctx, group, options, victim);
+  }
+}
+
+async function ask(ctx: Ctx, group: Group, options: GroupOptions, { id: instance, better }: Victim): Promise<void> {
+  ctx.state.asked.set(instance, { group: group.name, atMs: ctx.deps.now() });
+  // One ID for some minutes: where two daemons ask for the same, both launch under one token.
+  const id = `preaction-${instance}-${Math.floor(cloudNow(ctx) / ASKED_MS)}`;
+  const oldProtected = group.members.get(instance)?.isProtected ?? false;
+  const notice = { type: PREACTION, kind: "preaction" as const, id, instances: [instance] };
+  await sendOwn(ctx, "interruption_evt_sqs", notice, { group: group.name, options, oldProtected, better });
+}
+
+async function snapshotOf(
+  ctx: Ctx,
+  group: Group,
+  options: GroupOptions,
+  instances: Ec2Instance[],
+  advisor: Advisor | undefined,
+): Promise<Omit<Snapshot, "inHand">> {
+  const members = [...group.members.values()];
+  const inService = members.filter((m) => m.lifecycleState === "InService");
+  const surplus = inService.reduce((sum, m) => sum + m.weight, 0) - group.desired;
+  // With weights a group may stand above desired for good, by less than its largest.
+  const isEven = surplus >= 0 && surplus < Math.max(1, ...members.map((m) => m.weight));
+  const isMoving = members.some((m) => judgeState(m.lifecycleState) === "later" || judgeState(m.lifecycleState) === "leaving");
+  const cooldown = readCooldown(group.tags[TAG.cooldown]);
+  const weights = [...new Set(members.map((m) => m.weight))];
+  const offers = new Map(
+    await Promise.all(
+      weights.map(async (w) => [w, advisor ? await typesFor(ctx, group, w, options.alt, instances) : []] as const),
+    ),
+  );
+  for (const { platform } of advisor ? instances : [])
+    if (!advisor?.bands[platform].size)
+      sayOnce(ctx, "warn", platform, `the Spot Advisor has no data on ${platform} in ${ctx.deps.region}: its members stay`);
+  return {
+    nowMs: cloudNow(ctx),
+    limit: options.max_num_of_terminated_one_time,
+    isSteady: !group.status && !group.suspended.has("Launch") && isEven && !isMoving,
+    leastLiveMs: options.od_least_live_mins * 60_000,
+    members: instances.map((i) => {
+      const { id, type, launchedMs, tags } = i;
+      const isFallback = !i.spot && TAG.fallback in tags;
+      const isOpen = TAG.replaces in tags && !isSettled(i);
+      return {
+        id,
+        type,
+        launchedMs,
+        lifecycle: i.spot ? "spot" : isFallback ? "fallback" : "on-demand",
+        isInService: group.members.get(id)?.lifecycleState === "InService" && i.state === "running" && !isOpen,
+        notBeforeMs: isFallback ? nextTryMs(tags[TAG.tried]) : (cooldown.get(placeOf(ctx, type, i.zone)) ?? 0),
+        offers: offers.get(group.members.get(id)?.weight ?? 1) ?? [],
+        bands: advisor?.bands[i.platform],
+      };
+    }),
+  };
+}
+
+/** The types that a group allows for this weight; attributes are resolved by EC2, for machines like those it has. */
+async function typesFor(ctx: Ctx, group: Group, weight: number, alt: string[], like: Ec2Instance[]): Promise<string[]> {
+  const { type: templateType, requirements: templateRequirements } = await templateOf(ctx, group.template ?? {});
+  const offers = offersFor({ group, old: { type: "", weight }, alt, templateType, templateRequirements });
+  const distinct = (values: string[]) => [...new Set(values.filter(Boolean))].sort();
+  const kinds = {
+    ArchitectureTypes: distinct(like.map((i) => i.architecture)),
+    VirtualizationTypes: distinct(like.map((i) => i.virtualization)),
+  } as Pick<GetInstanceTypesFromInstanceRequirementsCommandInput, "ArchitectureTypes" | "VirtualizationTypes">;
+  const types = await Promise.all(
+    offers.map(async ({ type, requirements }) => {
+      if (type || !requirements) return [type ?? ""];
+      const input = { ...kinds, InstanceRequirements: requirements };
+      return await cached(ctx, `types ${JSON.stringify(input)}`, () => readTypes(ctx, input));
+    }),
+  );
+  return [...new Set(types.flat().filter(Boolean))];
+}
+
+async function readTypes(ctx: Ctx, input: GetInstanceTypesFromInstanceRequirementsCommandInput): Promise<string[]> {
+  const found: string[] = [];
+  let NextToken: string | undefined;
+  do {
+    const page = await aws(ctx, "reading which types meet the group's requirements", (o) =>
+      ctx.deps.ec2.send(new GetInstanceTypesFromInstanceRequirementsCommand({ ...input, MaxResults: 1000, NextToken }), o),
+    );
+    found.push(...(page.InstanceTypes ?? []).flatMap(({ InstanceType }) => InstanceType ?? []));
+    NextToken = page.NextToken;
+  } while (NextToken);
+  return found;
+}
+
+/** What was sought in vain is not sought again at once: for a fallback, or for all of a type and zone. */
+async function rememberFailure(ctx: Ctx, work: Work, why: string): Promise<void> {
+  const { old, group } = work;
+  if (!old) return;
+  const nowMs = cloudNow(ctx);
+  if (TAG.fallback in old.tags) {
+    const times = Number(old.tags[TAG.tried]?.split(" ")[0] ?? 0) || 0;
+    const tags = { [TAG.tried]: `${times + 1} ${new Date(nowMs).toISOString()}` };
+    await ctx.cloud.tag([old.id], tags);
+    return;
+  }
+  await lane(ctx, group).exclusive(async () => {
+    const known = (await ctx.cloud.group(group))?.tags[TAG.cooldown];
+    const tag = addCooldown(known, placeOf(ctx, old.type, old.zone), nowMs + COOLDOWN_MS, nowMs);
+    await aws(ctx, `recording a cooldown of ${group}`, (o) =>
+      ctx.deps.autoScaling.send(new CreateOrUpdateTagsCommand({ Tags: [groupTag(group, TAG.cooldown, tag)] }), o),
+    );
+  });
+  work.log.info(`${why}: ${old.type} in ${old.zone} is left alone for ${COOLDOWN_MS / 3_600_000} hours`);
+}
+
+/** A replacement of none of the better types, as an interruption may bring it: no reason to try again at once. */
+async function rememberOutcome(ctx: Ctx, work: Work): Promise<Result> {
+  const claim = work.better && work.claim ? await ctx.cloud.instance(work.claim) : undefined;
+  if (claim && !work.better?.some((types) => types.includes(claim.type)))
+    await rememberFailure(ctx, work, `its replacement came out as ${claim.type}, which is no better`);
+  return done;
+}
+
 // ─── Start-up checks and refresh ─────────────────────────────────────────────────────────────────────────
 // What cannot work is said at start, not at the first notice. A broken group is left out and looked at again
 // with every refresh; the others run.
@@ -3773,6 +4220,8 @@ function groupFault(name: string, group: Group | undefined): string | undefined 
 
 async function warnings(ctx: Ctx, group: Group, options: GroupOptions, log: Log): Promise<void> {
   const { name } = group;
+  if (options.is_enable_preaction && !snapshotIntervalMinutes(ctx.state.config))
+    log.warn("is_enable_preaction is set, and preaction_snapshot_interval_minutes is 0: no snapshot is ever taken");
   for (const option of NOT_YET) if (options[option]) log.warn(`${option} is set, but this version does not act on it`);
   if (group.capacityRebalance)
     log.warn(`Capacity Rebalancing of ${name} is on: both would replace the same instance; switch it off`);
@@ -4008,7 +4457,7 @@ export async function run(ctx: Ctx): Promise<void> {
   log.info("start interruption handler...");
   log.info("start dettach handler...");
   log.info("start termination handler...");
-  const loops = [...QUEUES.map((name) => receiveLoop(ctx, name)), leaseLoop(ctx), manager];
+  const loops = [...QUEUES.map((name) => receiveLoop(ctx, name)), leaseLoop(ctx), manager, preactionLoop(ctx)];
   await Promise.all(loops);
   // Handlers end at their next wait and give their messages back; a launch call that is out is waited for.
   for (let waited = 0; ctx.state.inHand.size && waited < 80; waited++) await ctx.deps.sleep(100);
@@ -4025,6 +4474,7 @@ function realDeps(flags: Flags, log: Log): Deps {
   };
   const clients = new Map<string, SQSClient>();
   return {
+    region: flags.r ?? "",
     ec2: new EC2Client(shared),
     autoScaling: new AutoScalingClient(shared),
     elb: new ElasticLoadBalancingV2Client(shared),
@@ -4035,7 +4485,10 @@ function realDeps(flags: Flags, log: Log): Deps {
       clients.set(origin, client);
       return client;
     },
-    fetch: (url, init) => fetch(url, init),
+    fetch: async (url, init) => {
+      if (flags.t && !isLoopback(url)) throw new Error(`-t works with loopback addresses only, and this is ${url}`);
+      return await fetch(url, init);
+    },
     now: Date.now,
     sleep: (ms, signal) =>
       new Promise((resolve, reject) => {

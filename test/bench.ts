@@ -107,6 +107,7 @@ function startProgram(world: World, clock: Clock, config: Config): Program {
   const stop = new AbortController();
   let bytes = 0;
   const deps: Deps = {
+    region: world.region,
     ec2: client(world, "ec2"),
     autoScaling: client(world, "autoscaling"),
     elb: client(world, "elbv2"),

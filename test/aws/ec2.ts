@@ -140,6 +140,7 @@ export class Ec2 {
   readonly ebs: Ebs;
   /** Images that exist no more: their instances cannot be attached, nor launched. */
   readonly missingImages = new Set<string>();
+  readonly windowsImages = new Set<string>();
   /** "TYPE/ZONE" that EC2 does not offer. */
   readonly notOffered = new Set<string>();
   /** Where a fleet launches nothing, throw its first error as the call's own, as AWS at times does. */
@@ -318,6 +319,15 @@ export class Ec2 {
     GetInstanceTypesFromInstanceRequirements: (input: GetInstanceTypesFromInstanceRequirementsRequest) => {
       dryRun(input.DryRun);
       const architectures: string[] = input.ArchitectureTypes ?? [];
+      const virtualizations: string[] = input.VirtualizationTypes ?? [];
+      if (!architectures.length) throw missing("ArchitectureType");
+      if (!virtualizations.length) throw missing("VirtualizationType");
+      if (!input.InstanceRequirements) throw missing("InstanceRequirements");
+      for (const name of architectures)
+        if (!/^(i386|x86_64|arm64|x86_64_mac|arm64_mac)$/.test(name)) throw invalidValue(name, "ArchitectureType");
+      for (const name of virtualizations) if (!/^(hvm|paravirtual)$/.test(name)) throw invalidValue(name, "VirtualizationType");
+      // Every type of the catalogue is of a generation that runs hvm only.
+      if (!virtualizations.includes("hvm")) return { InstanceTypes: [] };
       const types = matchingTypes(input.InstanceRequirements).filter(([, facts]) => architectures.includes(facts.architecture));
       const size = input.MaxResults ?? 1000;
       const { items, next } = page(types, size, input.NextToken, badToken);
@@ -657,6 +667,9 @@ export class Ec2 {
       LaunchTime: new Date(Math.floor(instance.launchedAtMs / 1000) * 1000),
       Placement: { AvailabilityZone: instance.zone, GroupName: "", Tenancy: "default" },
       Architecture: INSTANCE_TYPES.get(instance.type)?.architecture ?? "x86_64",
+      VirtualizationType: "hvm",
+      ...(this.windowsImages.has(instance.imageId) && { Platform: "windows" }),
+      PlatformDetails: this.windowsImages.has(instance.imageId) ? "Windows" : "Linux/UNIX",
       RootDeviceName: ROOT_DEVICE,
       RootDeviceType: "ebs",
       // AWS no longer shows an address, subnet or volume of a terminated instance.

@@ -158,3 +158,39 @@ test("Launch suspended between launch and attach, and resumed: the replacement w
   await s.quiet(3600);
   s.check([old], { web: [3, 5, 3] });
 });
+
+test("an interruption of one that was just let go does not forget that it was protected", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three, protected: true }, { is_to_handle_rebalance_event: true }));
+  const daemon = await s.start();
+  s.world.rebalance(old);
+  await s.until(() => s.world.audit.some((a) => a.what === "detach"), 300);
+  // Nobody settles the claim before the interruption's own detach message does.
+  daemon.kill();
+  await s.until(() => s.world.instance(old).group === undefined, 60);
+  await s.start();
+  s.world.interrupt(old);
+  await s.quiet(3600);
+  s.check([old], { web: [3, 5, 3] });
+});
+
+test("without a hard deadline too, a replacement that another daemon launched meanwhile is gone on with", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));
+  await s.start();
+  let deaths = 0;
+  let theirs = "";
+  s.world.ec2.dieWhilePending = () => {
+    if (++deaths === 2) {
+      const tags = { "spotmax:group": "web", "spotmax:replaces": old };
+      const instance = s.world.createInstance({ zone: s.world.instance(old).zone, tags, ageSeconds: 5 });
+      theirs = instance.id;
+    }
+    return { Code: "Client.InternalError", Message: "Client error on launch" };
+  };
+  s.world.rebalance(old);
+  await s.quiet(3600);
+  expect([deaths, s.world.instance(theirs).group]).toEqual([2, "web"]);
+  expect(s.world.instance(theirs).tags.has("spotmax:attached")).toBe(true);
+  expect(sizes(s)).toEqual([3, 5, 3]);
+});

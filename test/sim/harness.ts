@@ -122,6 +122,7 @@ export class Stage {
       )
       .with(id > 1 ? { daemon: id } : {});
     const deps: Deps = {
+      region: this.world.region,
       ec2: wrap(client(this.world, "ec2")),
       autoScaling: wrap(client(this.world, "autoscaling")),
       elb: wrap(client(this.world, "elbv2")),
@@ -265,6 +266,9 @@ function plain(i: Instance): Ec2Instance {
     state,
     stateReason: "",
     spot: i.lifecycle === "spot",
+    platform: "Linux",
+    architecture: "x86_64",
+    virtualization: "hvm",
     launchedMs: i.launchedAtMs,
     tags: Object.fromEntries(i.tags),
     volumes: {},

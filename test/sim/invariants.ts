@@ -36,8 +36,8 @@ import { AwsError, type Handler, type Queues, type Service, type World } from ".
 import { type Account, DataWatch } from "./data.ts";
 
 export interface Finding {
-  /** The invariant's number in DESIGN.md, or "capacity" or "quiet". */
-  rule: "1" | "2" | "3" | "4" | "5" | "6" | "7" | "capacity" | "quiet" | "late";
+  /** The invariant's number in DESIGN.md, or a word. */
+  rule: "1" | "2" | "3" | "4" | "5" | "6" | "7" | "capacity" | "quiet" | "late" | "preaction";
   atMs: number;
   text: string;
 }
@@ -59,6 +59,8 @@ export interface Expected {
   configured: boolean;
   rebalance: boolean;
   maintenance: boolean;
+  /** How many without a hard deadline may be in hand at a time. */
+  limit: number;
   min: number;
   max: number;
   desired: number;
@@ -108,6 +110,9 @@ export class Watch {
   readonly letGo = new Set<string>();
   /** The truth about data volumes. */
   readonly data: DataWatch;
+  /** Whom a daemon asked to have replaced, and the Spot Advisor's bands, by type. */
+  readonly asked = new Set<string>();
+  readonly bands = new Map<string, number>();
   /** How often a second one was launched beside a living one: two daemons may, and the loser goes. */
   rivals = 0;
   /** Hears of the daemons' changes to groups as they take effect: for the log. */
@@ -126,6 +131,8 @@ export class Watch {
   /** When a message about an instance last went to a queue: "QUEUE INSTANCE". */
   readonly #sentMs = new Map<string, number>();
   readonly #orders = new Map<string, string>();
+  /** The types that preaction has named as better, by old instance; none for a fallback. */
+  readonly #better = new Map<string, Set<string>>();
 
   constructor(world: World, queues: Queues, traits: Traits) {
     this.#world = world;
@@ -363,6 +370,7 @@ export class Watch {
         if (this.#claimsOf(old).some((r) => this.#isLiving(r))) this.rivals++;
         this.claims.set(id, { old, daemon });
         this.data.launched(id, tags.get("spotmax:group"));
+        this.#judgePreaction(id, old);
         if (!this.notices.has(old)) this.find("4", `${id} was launched for ${old}, which had no notice`);
         if (!this.groups.get(tags.get("spotmax:group") ?? "")?.configured)
           this.find("4", `${id} was launched for the group ${tags.get("spotmax:group")}, which is not configured`);
@@ -505,7 +513,8 @@ export class Watch {
       this.#around<CreateOrUpdateTagsType>("autoscaling", operation, (input, perform) => {
         for (const { ResourceId, Key } of input.Tags ?? []) {
           this.#configured(`a tag ${Key}`, ResourceId);
-          if (Key !== "spotmax:max_size") this.find("4", `the tag ${Key} of ${ResourceId} was changed`);
+          if (Key !== "spotmax:max_size" && Key !== "spotmax:cooldown")
+            this.find("4", `the tag ${Key} of ${ResourceId} was changed`);
         }
         return perform();
       });
@@ -549,6 +558,8 @@ export class Watch {
     this.#around<SendMessageBatchRequest>("sqs", "SendMessageBatch", (input, perform) => {
       const answer = perform();
       for (const { MessageBody = "" } of input.Entries ?? [])
+        if (readBody(MessageBody)?.type === PREACTION) this.#judgeAsking(MessageBody);
+      for (const { MessageBody = "" } of input.Entries ?? [])
         for (const id of readBody(MessageBody)?.ids ?? [])
           this.#sentMs.set(`${this.#queueName(input.QueueUrl)} ${id}`, this.#world.now());
       return answer;
@@ -578,6 +589,58 @@ export class Watch {
       return answer;
     };
   }
+  /** Preaction asks for members that it may ask for, old enough, and for better types only. */
+  #judgeAsking(body: string): void {
+    const { maxgroup } = JSON.parse(body) as { maxgroup?: { better?: string[][] } };
+    const [id = ""] = readBody(body)?.ids ?? [];
+    const instance = this.#instance(id);
+    const better = maxgroup?.better?.flat();
+    this.asked.add(id);
+    if (better) this.#better.set(id, new Set([...(this.#better.get(id) ?? []), ...better]));
+    if (this.notices.has(id)) return; // a copy, or one that has another notice as well
+    this.notices.set(id, { deadlineMs: Number.POSITIVE_INFINITY, owed: false, inTime: false });
+    if (!instance || !this.groups.get(instance.group ?? "")?.configured) {
+      if (!this.#outOfServiceMs.has(id)) this.find("4", `${id}, which is in no group of ours, is to be replaced`);
+      return;
+    }
+    const ageMs = this.#world.now() - instance.launchedAtMs + this.#traits.spreadMs + 1_000;
+    if (!better) {
+      if (!instance.tags.has("spotmax:fallback") || ageMs < 600_000)
+        this.find("preaction", `${id} is no fallback old enough to go back to spot`);
+      return;
+    }
+    const band = this.bands.get(instance.type) ?? -1;
+    // The data may have moved since; two of a life's types do.
+    const isBetter = better.some((type) => (this.bands.get(type) ?? 9) < band) || !this.#traits.strict;
+    if (instance.lifecycle !== "spot" || ageMs < 3_600_000 || !isBetter)
+      this.find(
+        "preaction",
+        `${id} (${instance.lifecycle}) was launched ${Math.round(ageMs / 1000)} s ago and is to be replaced`,
+      );
+  }
+
+  /** Whoever has no other notice is replaced by spot only, in a strictly better band; and no more at a time than allowed. */
+  #judgePreaction(id: string, old: string): void {
+    if (!this.asked.has(old) || Number.isFinite(this.notices.get(old)?.deadlineMs)) return;
+    const [fresh, replaced] = [this.#instance(id), this.#instance(old)];
+    if (fresh?.lifecycle !== "spot") this.find("preaction", `${id}, launched for ${old} without need, is on-demand`);
+    const better = this.#better.get(old);
+    if (better && fresh && !better.has(fresh.type))
+      this.find("preaction", `${id} is a ${fresh.type}, and in the place of ${old} only ${[...better].join(" ")} would do`);
+    if (!this.#traits.strict) return;
+    const open = [...this.claims].flatMap(([claim, { old: o }]) =>
+      this.#isLiving(claim) &&
+      !this.#instance(claim)?.tags.has("spotmax:attached") &&
+      this.#instance(claim)?.tags.get("spotmax:group") === replaced?.group
+        ? [o]
+        : [],
+    );
+    const soft = new Set([...open.filter((o) => !Number.isFinite(this.notices.get(o)?.deadlineMs)), old]);
+    const limit = this.groups.get(replaced?.group ?? "")?.limit ?? 1;
+    if (soft.size > limit)
+      this.find("preaction", `${[...soft].join(" ")} are in hand in ${replaced?.group}, which allows ${limit}`);
+  }
+
   #queueName(url: string | undefined): string {
     const { interruption, detach, termination } = this.#queues;
     return url === interruption ? "interruption" : url === detach ? "detach" : url === termination ? "termination" : "other";
@@ -617,7 +680,7 @@ export class Watch {
         const claims = this.#claimsOf(id).filter((c) => this.#isLiving(c));
         const couldLaunch = !group.suspended.has("Launch") && expected.pausedUntilMs < this.#world.now() - this.#traits.lagMs;
         const attached = claims.some((c) => group.members.has(c)) || this.#claimsOf(id).some((c) => this.#outOfServiceMs.has(c));
-        const isOn = event.type === "AWS Health Event" ? expected.maintenance : expected.rebalance;
+        const isOn = event.type === PREACTION || (event.type === "AWS Health Event" ? expected.maintenance : expected.rebalance);
         const isOwned = this.#world.sqs
           .bodies(this.#queues.interruption)
           .some((other) => other !== body && readBody(other)?.ids.includes(id));
@@ -730,7 +793,8 @@ export class Watch {
 }
 
 const WARNING = "EC2 Spot Instance Interruption Warning";
-const SOFT = new Set(["EC2 Instance Rebalance Recommendation", "AWS Health Event", "MaxGroup Preaction"]);
+const PREACTION = "MaxGroup Preaction";
+const SOFT = new Set(["EC2 Instance Rebalance Recommendation", "AWS Health Event", PREACTION]);
 
 /** What a good message is about; undefined for anything else. */
 function readBody(body: string): { type: string; ids: string[]; group?: string; deadlineMs?: number } | undefined {

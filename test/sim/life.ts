@@ -5,6 +5,7 @@
 // stream of its own, so that a failing life can be made smaller by leaving features out (`without`) while the others
 // stay as they were. One life in five is a quiet one, in which nothing fails and the strict rules hold.
 import * as maxgroup from "../../maxgroup.ts";
+import { SpotAdvisor } from "../aws/advisor.ts";
 import { Random } from "../aws/basics.ts";
 import type { VolumeSpec } from "../aws/ebs.ts";
 import { AwsError, type Call, type Fault, type GroupSpec, type Service } from "../aws/world.ts";
@@ -70,6 +71,8 @@ const FEATURES = {
   zoneDroughts: 0.3,
   /** One instance, its replacement, and the replacement of that, each with its notice, here and there. */
   generations: 0.25,
+  /** Groups with preaction, and fallbacks that go back to spot early. */
+  preaction: 0.35,
 } as const;
 export type Feature = keyof typeof FEATURES;
 export const featureNames = Object.keys(FEATURES) as Feature[];
@@ -87,6 +90,7 @@ const GENTLE = new Set<Feature>([
   "young",
   "big",
   "volumes",
+  "preaction",
 ]);
 
 export interface LifeOptions {
@@ -223,8 +227,10 @@ class Life {
     if (log) this.#keepRecord();
     this.#makeFleet();
     this.#makeFaults();
+    this.#makeAdvisor();
     for (const skewMs of skews) this.#spawn(skewMs);
     this.#makeWeather();
+    this.#makeMarket();
     this.#makeOperator();
     this.#makeAccidents();
   }
@@ -354,11 +360,13 @@ class Life {
       is_to_handle_rebalance_event: random.chance(0.7),
       is_to_handle_maintenance_event: random.chance(0.7),
       ...(random.chance(0.2) && { alt1: "m5n.large" }),
+      ...this.#preactionOptions(name),
     };
     this.#watch.groups.set(name, {
       configured: isConfigured,
       rebalance: options.is_to_handle_rebalance_event,
       maintenance: options.is_to_handle_maintenance_event,
+      limit: options.max_num_of_terminated_one_time,
       min,
       max,
       desired,
@@ -785,6 +793,57 @@ class Life {
         for (const zone of ZONES) this.#stage.world.pool(lifecycle, type, zone).capacity = Number.POSITIVE_INFINITY;
   }
 
+  // --- Preaction -------------------------------------------------------------------------------------------------
+
+  #config(): ReturnType<Stage["config"]> {
+    if (!this.#features.has("preaction")) return this.#stage.config();
+    const minutes = choose(streamOf(this.#seed, "interval"), 1, 2, 5, 10);
+    return this.#stage.config({ preaction_snapshot_interval_minutes: minutes });
+  }
+  #preactionOptions(name: string): object {
+    const random = streamOf(this.#seed, `preaction ${name}`);
+    if (!this.#features.has("preaction")) return {};
+    return { is_enable_preaction: random.chance(0.7), od_least_live_mins: choose(random, 0, 1, 10, 12) };
+  }
+
+  /** What is known of how often AWS takes types back; away or broken at times where things fail. */
+  #makeAdvisor(): void {
+    if (!this.#features.has("preaction")) return;
+    const random = streamOf(this.#seed, "advisor");
+    const { bands } = this.#watch;
+    for (const type of ALL_TYPES) if (random.chance(0.9)) bands.set(type, random.between([0, 4]));
+    const advisor = new SpotAdvisor();
+    const isFaulty = this.#features.has("errors");
+    this.#stage.http = async (_, init) => {
+      advisor.regions = { "us-east-1": { Linux: Object.fromEntries(bands) } };
+      const draw = isFaulty && !this.#isOver ? random.next() : 1;
+      if (draw < 0.1) throw Object.assign(new Error("reset"), { code: "ECONNRESET" });
+      advisor.fault = draw < 0.2 ? { status: 503 } : draw < 0.3 ? { status: 200, body: '{"ranges":[{}]}' } : undefined;
+      return advisor.answer(new Headers(init?.headers).get("if-none-match"));
+    };
+  }
+
+  /** The advisor's data moves, and whoever is to be replaced is interrupted after all. */
+  #makeMarket(): void {
+    if (!this.#features.has("preaction") || this.#isQuiet) return;
+    const { world } = this.#stage;
+    const random = streamOf(this.#seed, "market");
+    for (let n = random.between([0, 2]); n > 0; n--)
+      world.after(random.between([MINUTE, this.#stretchMs]), () => {
+        const type = pick(random, ALL_TYPES);
+        if (type && !this.#isOver) this.#watch.bands.set(type, random.between([0, 4]));
+      });
+    for (let at = 0; at < this.#stretchMs; at += 15_000)
+      world.after(at + random.between([0, 15_000]), () => {
+        const asked = [...this.#watch.asked].filter((id) => {
+          const { state, lifecycle } = world.instance(id);
+          return state === "running" && lifecycle === "spot" && !Number.isFinite(this.#watch.notices.get(id)?.deadlineMs);
+        });
+        const id = pick(random, asked);
+        if (id && !this.#isOver && random.chance(0.15)) this.#interrupt(random, id);
+      });
+  }
+
   // --- Daemons ---------------------------------------------------------------------------------------------------
 
   #spawn(skewMs: number): void {
@@ -792,6 +851,7 @@ class Life {
     const slot: Slot = { skewMs, alive: true, killIn: undefined, daemon: undefined };
     const daemon = this.#stage.spawn({
       skewMs,
+      config: this.#config(),
       // What is left available is to be reported.
       level: this.#log ? "debug" : this.#watch.data.isUsed ? "warn" : "error",
       onAwait: (input) => {
@@ -836,7 +896,7 @@ class Life {
       await this.#stage.clock.sleep(MINUTE);
       if (!slot.alive) return;
       try {
-        if (this.#features.has("reconfiguration")) daemon.ctx.state.config = this.#stage.config();
+        if (this.#features.has("reconfiguration")) daemon.ctx.state.config = this.#config();
         await this.#program.checkGroups(daemon.ctx);
       } catch (error) {
         this.#say(`refresh: ${String(error)}`); // the last good one stays, as main has it

@@ -86,6 +86,30 @@ export const MUTATIONS: Mutation[] = [
   },
   { name: "a batch is tagged in the order of the answer", edits: [[/\n {2}ids\.sort\(\);/, ""]] },
   {
+    name: "preaction takes whom it finds, however young",
+    edits: [[/band === undefined \|\| ageMs < GROWN_MS/, "band === undefined"]],
+  },
+  {
+    name: "preaction takes any type",
+    edits: [[/\? \[undefined\] : old\?\.spot \? \(work\.better \?\? \[\]\) : \[\];/, "? [undefined] : [undefined];"]],
+  },
+  {
+    name: "preaction turns to on-demand",
+    edits: [[/rungsFor\(spotMember, deadlineMs !== undefined,/, "rungsFor(spotMember, true,"]],
+  },
+  {
+    name: "preaction does not count what is in hand",
+    edits: [
+      [/if \(isBegun \|\| olds\.size < limit\) admitted\.add\(work\.instance\);/, "admitted.add(work.instance);"],
+      [/return isBegun \? 0 : olds\.size;/, "return 0;"],
+      [/const room = x\.limit - x\.inHand\.length;/, "const room = x.limit;"],
+    ],
+  },
+  {
+    name: "a fallback goes back at once",
+    edits: [[/ageMs >= Math\.max\(x\.leastLiveMs, YOUNG_MS\)/, "ageMs >= 0"]],
+  },
+  {
     name: "leases are never renewed",
     edits: [[/if \([^\n]*>= dueMs\) void hold\([^\n]*/, ""]],
   },

@@ -882,6 +882,12 @@ describe("launching", () => {
     });
     // t4g.large would fit too, but burstable types come only if asked for.
     expect(types.InstanceTypes.map((type) => type.InstanceType)).toEqual(["m6g.large", "m7g.large"]);
+    const InstanceRequirements = { VCpuCount: { Min: 2 }, MemoryMiB: { Min: 4096 } };
+    const ask = (input: object) => call("ec2", "GetInstanceTypesFromInstanceRequirements", input);
+    await fails(ask({ VirtualizationTypes: ["hvm"], InstanceRequirements }), "MissingParameter");
+    await fails(ask({ ArchitectureTypes: ["x86_64"], InstanceRequirements }), "MissingParameter");
+    await fails(ask({ ArchitectureTypes: ["x86_64"], VirtualizationTypes: ["hvm"] }), "MissingParameter");
+    await fails(ask({ ArchitectureTypes: ["x86"], VirtualizationTypes: ["hvm"], InstanceRequirements }), "InvalidParameterValue");
   });
 
   test("tags at launch obey the rules, and only fit resource types", async () => {

@@ -58,6 +58,7 @@ const describeActions = [
   "ec2:DescribeSnapshots",
   "ec2:DescribeSubnets",
   "ec2:DescribeVolumes",
+  "ec2:GetInstanceTypesFromInstanceRequirements",
   "elasticloadbalancing:DescribeTargetHealth",
 ];
 /** These act on "*", limited by a condition. */
@@ -109,6 +110,12 @@ describe("the role", () => {
         .sort(),
     ).toEqual([...describeActions].sort());
     expect(unlimited.filter(({ Condition }) => Condition).flatMap(({ Action }) => list(Action))).toEqual(launchActions);
+  });
+
+  test("writes two keys of its own on groups, and no other", () => {
+    expect(statementsFor("autoscaling:CreateOrUpdateTags").map(({ Condition }) => Condition)).toEqual([
+      { "ForAllValues:StringEquals": { "aws:TagKeys": ["spotmax:max_size", "spotmax:cooldown"] } },
+    ]);
   });
 
   test("changes only the groups that the parameter names", () => {

@@ -31,6 +31,7 @@ describe("the steps", () => {
       "send detach message",
       "protect volume",
       "cordon",
+      "remember how it came out",
     ],
     // The volume once more: where protecting it failed on notice, this is the second chance.
     detach_evt_sqs: ["protect volume", "wait for the replacement", "deregister", "drain", "detach", "send termination message"],
@@ -376,6 +377,9 @@ describe("AWS's answers become plain records", () => {
         State: { Name: "terminated" },
         StateReason: { Code: "Client.InternalError", Message: "Client error on launch" },
         InstanceLifecycle: "spot",
+        PlatformDetails: "Red Hat Enterprise Linux",
+        Architecture: "arm64",
+        VirtualizationType: "hvm",
         LaunchTime: new Date(5),
         Tags: [{ Key: "Name", Value: "x" }, { Key: "empty" }],
         BlockDeviceMappings: [
@@ -391,11 +395,17 @@ describe("AWS's answers become plain records", () => {
       state: "terminated",
       stateReason: "Client.InternalError: Client error on launch",
       spot: true,
+      platform: "Linux",
+      architecture: "arm64",
+      virtualization: "hvm",
       launchedMs: 5,
       tags: { Name: "x", empty: "" },
       volumes: { "/dev/xvda": { id: "vol-1", ends: true }, "/dev/sdz": { id: "vol-2", ends: false } },
     });
     expect(toInstance({ InstanceId: "i-1" })?.spot).toBeFalse();
+    for (const PlatformDetails of ["Windows", "Windows with SQL Server Standard", "Windows BYOL"])
+      expect(toInstance({ InstanceId: "i-1", PlatformDetails })?.platform).toBe("Windows");
+    expect(toInstance({ InstanceId: "i-1", Platform: "windows" as never })?.platform).toBe("Windows");
     expect(toInstance({})).toBeUndefined();
   });
 

@@ -319,3 +319,45 @@ describe("the fleet request", () => {
     expect(JSON.parse(ask())).not.toHaveProperty("ClientToken");
   });
 });
+
+describe("where only some types will do", () => {
+  const requirements = { VCpuCount: { Min: 2 }, MemoryMiB: { Min: 4096 } };
+  const abr = (more: InstanceRequirementsRequest | object): Override => ({
+    requirements: { ...requirements, ...more },
+    weight: 1,
+  });
+  const only = ["m6i.large", "c5.large"];
+  const allowed = (overrides: Override[], over: Partial<Plan> = {}) =>
+    plan({ group: group({ overrides }, [["a"], ["b"], ["c"]]), only, ...over }).map(
+      ({ type, zone, requirements: r }) => [type ?? r?.AllowedInstanceTypes, r?.ExcludedInstanceTypes, zone] as const,
+    );
+
+  test("they are asked for, in the zones that keep the group balanced, on either rung", () => {
+    for (const rung of ["balanced spot", "any spot"] as const) expect(names(plan({ only, rung }))).toEqual(["c5.large a"]);
+    expect(names(plan({ only, alt: ["m6i.large", "r5.large"] }))).toEqual(["c5.large a", "m6i.large a"]);
+  });
+
+  test("every zone will do where AZRebalance is suspended", () => {
+    const suspended = new Set(["AZRebalance"]);
+    const overrides = [offer("c5.large")];
+    expect(names(plan({ only, group: group({ overrides, suspended }, [["a"], ["b"], ["c"]]) })).length).toBe(3);
+  });
+
+  test("attributes are narrowed to them, and never widened", () => {
+    expect(allowed([abr({})])).toEqual([[only, undefined, "a"]]);
+    expect(allowed([abr({ AllowedInstanceTypes: ["m6*", "m5.large"] })])).toEqual([[["m6i.large"], undefined, "a"]]);
+    expect(allowed([abr({ ExcludedInstanceTypes: ["c5.*"] })])).toEqual([[["m6i.large"], undefined, "a"]]);
+    expect(allowed([abr({ AllowedInstanceTypes: ["r*"] }), offer("m5.large")])).toEqual([]);
+  });
+
+  test("so are the template's own attributes, and a template without any offers nothing", () => {
+    const bare = { templateType: undefined };
+    expect(allowed([], { ...bare, templateRequirements: requirements })).toEqual([[only, undefined, "a"]]);
+    expect(allowed([], bare)).toEqual([]);
+  });
+
+  test("a pool that failed or is being taken back is no better place, even if nothing else remains", () => {
+    for (const why of ["failed", "reclaimed"] as const)
+      expect(plan({ only, desperate: true, memory: remembering({ "spot c5.large a": why }) })).toEqual([]);
+  });
+});

@@ -4,6 +4,7 @@ import { afterAll, expect, test } from "bun:test";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import {
+  AttachInstancesCommand,
   type AutoScalingGroup,
   DescribeAutoScalingGroupsCommand,
   UpdateAutoScalingGroupCommand,
@@ -14,10 +15,12 @@ import {
   DescribeInstancesCommand,
   DescribeVolumesCommand,
   type Instance,
+  RunInstancesCommand,
   type Volume,
 } from "@aws-sdk/client-ec2";
 import { PutObjectCommand } from "@aws-sdk/client-s3";
 import { GetQueueAttributesCommand, SendMessageCommand } from "@aws-sdk/client-sqs";
+import { SpotAdvisor } from "../aws/advisor.ts";
 import { destroyClients, REGION, type SdkClients, type SetUp, sdkClients, setUp, startMoto } from "./moto.ts";
 
 const binary = process.env.MAX_GROUP_BINARY ?? join(import.meta.dir, "../../dist/max_group");
@@ -143,7 +146,7 @@ test.skipIf(!moto)(
 );
 
 /** The program on this set-up, with these groups. */
-async function start(set: SetUp, groups: object, url: string, { s3 }: SdkClients) {
+async function start(set: SetUp, groups: object, url: string, { s3 }: SdkClients, system = {}, intervalMinutes = 0) {
   const [interruption_evt_sqs, detach_evt_sqs, termination_evt_sqs] = [
     set.queues.interruption,
     set.queues.detach,
@@ -151,7 +154,13 @@ async function start(set: SetUp, groups: object, url: string, { s3 }: SdkClients
   ].map((q) => ({
     queue_url: q.url,
   }));
-  const Body = JSON.stringify({ global: { interruption_evt_sqs, detach_evt_sqs, termination_evt_sqs }, groups });
+  const global = {
+    interruption_evt_sqs,
+    detach_evt_sqs,
+    termination_evt_sqs,
+    preaction_snapshot_interval_minutes: intervalMinutes,
+  };
+  const Body = JSON.stringify({ system, global, groups });
   await s3.send(new PutObjectCommand({ Bucket: set.bucket, Key: "service_config.json", Body }));
   const daemon = Bun.spawn([binary, "-b", set.bucket, "-r", REGION], {
     env: { AWS_ENDPOINT_URL: url, AWS_ACCESS_KEY_ID: "test", AWS_SECRET_ACCESS_KEY: "test", PATH: process.env.PATH ?? "" },
@@ -225,4 +234,82 @@ test.skipIf(!moto)(
     expect(await daemon.exited).toBe(0);
   },
   240_000,
+);
+
+test.skipIf(!moto)(
+  "the compiled program moves members out of a worse band at moto, one by one, by the advisor's data",
+  async () => {
+    if (!moto || !clients) return;
+    const { ec2, autoscaling } = clients;
+    await moto.reset();
+    const advisor = new SpotAdvisor({ "m4.large": 4, "m5.large": 1, "m5a.large": 0 }, REGION);
+    const served = Bun.serve({
+      hostname: "127.0.0.1",
+      port: 0,
+      fetch: (request) => advisor.answer(request.headers.get("if-none-match")),
+    });
+    const set = await setUp(clients, {
+      group: "web",
+      min: 0,
+      max: 4,
+      desired: 0,
+      zones: [`${REGION}a`, `${REGION}b`],
+      types: ["m4.large", "m5.large", "m5a.large"],
+    });
+    // moto's own members are on-demand, whatever the policy says; and an hour must have passed.
+    moto.age(7_200);
+    const olds: string[] = [];
+    for (const SubnetId of set.subnetIds) {
+      const { Instances: [one] = [] } = await ec2.send(
+        new RunInstancesCommand({
+          LaunchTemplate: { LaunchTemplateId: set.templateId },
+          InstanceMarketOptions: { MarketType: "spot" },
+          InstanceType: "m4.large",
+          SubnetId,
+          MinCount: 1,
+          MaxCount: 1,
+        }),
+      );
+      olds.push(one?.InstanceId ?? "");
+    }
+    moto.age(0);
+    await autoscaling.send(new AttachInstancesCommand({ AutoScalingGroupName: "web", InstanceIds: olds }));
+    const system = { spot_advisor_url: `http://127.0.0.1:${served.port}/spot-advisor-data.json` };
+    const options = { is_enable_preaction: true, preaction_detach_delay_seconds: 1, preaction_termination_delay_seconds: 1 };
+    const { daemon, log } = await start(set, { web: options }, moto.url, clients, system, 1);
+    let [least, most] = [2, 2];
+    try {
+      await until("both are replaced and ended", 260, async () => {
+        const now = inService(await groupOf(clients, "web")).length;
+        [least, most] = [Math.min(least, now), Math.max(most, now)];
+        const settled = (await claims(clients)).filter((c) => tag(c, "spotmax:attached"));
+        const { Reservations = [] } = await ec2.send(new DescribeInstancesCommand({ InstanceIds: olds }));
+        const states = Reservations.flatMap((r) => r.Instances ?? []).map((i) => i.State?.Name);
+        return settled.length === 2 && states.every((state) => state === "terminated");
+      });
+      expect([least, most]).toEqual([2, 3]);
+      const replacements = await claims(clients);
+      expect(replacements.map((c) => tag(c, "spotmax:replaces")).sort()).toEqual(olds.toSorted());
+      expect(replacements.map((c) => [c.InstanceType, c.InstanceLifecycle])).toEqual([
+        ["m5a.large", "spot"],
+        ["m5a.large", "spot"],
+      ]);
+      // One more look: a steady market sees no churn.
+      const before = advisor.unchanged;
+      await until("it has looked again", 90, async () => advisor.unchanged > before);
+      await Bun.sleep(2_000);
+      expect((await claims(clients)).length).toBe(2);
+      expect(advisor.served).toBe(1);
+      expect(sizesOf(await groupOf(clients, "web"))).toMatchObject({ MinSize: 0, MaxSize: 4, DesiredCapacity: 2 });
+      expect(await depth(clients, set.queues.deadLetter.url)).toBe(0);
+    } catch (cause) {
+      daemon.kill();
+      throw new Error(`the program's log:\n${await log}`, { cause });
+    } finally {
+      await served.stop(true);
+    }
+    daemon.kill("SIGTERM");
+    expect(await daemon.exited).toBe(0);
+  },
+  450_000,
 );

@@ -31,17 +31,26 @@ export interface Moto {
   url: string;
   /** Forgets everything. Takes a few milliseconds, so that every test can have its own world. */
   reset(): Promise<void>;
+  /** What is launched from now on was launched so many seconds ago. */
+  age(seconds: number): void;
   stop(): Promise<void>;
 }
 
 /**
  * `moto_server -p 0` takes a free port and names it on standard error; it serves every request on a thread of its
  * own. Started through -c, so that it also ends when its standard input does: with the process that started it,
- * however that one died.
+ * however that one died. A line there says how old new instances are to look.
  */
 const LAUNCH = `
-import os, sys, threading
-threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+import datetime, os, sys, threading
+from moto.ec2.models import instances
+now, age = instances.utcnow, 0.0
+instances.utcnow = lambda: now() - datetime.timedelta(seconds=age)
+def listen():
+    global age
+    for line in sys.stdin: age = float(line)
+    os._exit(0)
+threading.Thread(target=listen, daemon=True).start()
 from moto.server import main
 main(["-H", "127.0.0.1", "-p", "0"])
 `;
@@ -80,7 +89,11 @@ export async function startMoto(): Promise<Moto | undefined> {
       child.kill();
       await child.exited;
     };
-    return { url, reset, stop };
+    const age = (seconds: number) => {
+      child.stdin.write(`${seconds}\n`);
+      void child.stdin.flush();
+    };
+    return { url, reset, age, stop };
   } catch (cause) {
     child.kill();
     throw new Error("starting moto", { cause });

@@ -116,6 +116,17 @@ describe.skipIf(!isInstalled)("botocore", () => {
     expect(config).toMatchObject({ Body: `{"é":"<&>"}`, ContentLength: 12 });
   });
 
+  test("asks which types meet attributes, and what it leaves out is missed", async () => {
+    const InstanceRequirements = { VCpuCount: { Min: 2, Max: 2 }, MemoryMiB: { Min: 8192, Max: 8192 } };
+    const kinds = { ArchitectureTypes: ["arm64"], VirtualizationTypes: ["hvm"] };
+    const [found, refused] = await fromPython(
+      ["ec2", "get_instance_types_from_instance_requirements", { ...kinds, InstanceRequirements }],
+      ["ec2", "get_instance_types_from_instance_requirements", { ...kinds, ArchitectureTypes: [], InstanceRequirements }],
+    );
+    expect(found?.output).toEqual({ InstanceTypes: [{ InstanceType: "m6g.large" }, { InstanceType: "m7g.large" }] });
+    expect(refused?.error?.Code).toBe("MissingParameter");
+  });
+
   test("its errors carry AWS's codes", async () => {
     const answers = await fromPython(
       ["ec2", "describe_instances", { InstanceIds: ["i-0123456789abcdef0"] }],
