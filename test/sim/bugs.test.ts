@@ -194,3 +194,16 @@ test("without a hard deadline too, a replacement that another daemon launched me
   expect(s.world.instance(theirs).tags.has("spotmax:attached")).toBe(true);
   expect(sizes(s)).toEqual([3, 5, 3]);
 });
+
+test("a replacement that was just released and still shows as protected does not hand that on", async () => {
+  const s = new Stage({ staleMs: 5_000 });
+  const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 60 }));
+  await s.start();
+  s.world.interrupt(old);
+  const claim = await inService(s);
+  await s.until(() => s.world.instance(claim).tags.has("spotmax:attached"), 300);
+  s.world.interrupt(claim);
+  await s.quiet(3600);
+  const isProtected = [...(s.world.autoscaling.groups.get("web")?.members.values() ?? [])].map((m) => m.protected);
+  expect(isProtected).toEqual([false, false, false]);
+});
