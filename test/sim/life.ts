@@ -217,6 +217,7 @@ class Life {
       // Two latencies and what else a batch reads; a slow or repeated call may take a minute and a half.
       lagMs: 3_000 + staleMs + (has("latency") ? 10_000 : 0) + (isFaulty ? 120_000 : 0),
       spreadMs: Math.max(0, ...skews) + Math.max(0, ...skews.map((ms) => -ms)),
+      alone: !has("daemons") && !isShaken,
       deadLetters: isFaulty || isShaken,
     };
     this.#watch = new Watch(this.#stage.world, this.#stage.queues, traits);
@@ -366,6 +367,11 @@ class Life {
       above: 0,
       floor: desired,
       protects: isProtected,
+      fallback: options.is_enable_od_fallback,
+      limit: options.max_num_of_terminated_one_time,
+      detachMs: options.detaching_delay_seconds * 1000,
+      softDetachMs: options.preaction_detach_delay_seconds * 1000,
+      softEndMs: options.preaction_termination_delay_seconds * 1000,
       weighted: isWeighted,
       balancing: 0,
       resized: false,
