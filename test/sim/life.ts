@@ -70,11 +70,13 @@ const FEATURES = {
   zoneDroughts: 0.3,
   /** One instance, its replacement, and the replacement of that, each with its notice, here and there. */
   generations: 0.25,
+  /** The configuration is read from S3 every minute; now and then S3 is away, or what lies there is broken. */
+  s3: 0.25,
 } as const;
 export type Feature = keyof typeof FEATURES;
 export const featureNames = Object.keys(FEATURES) as Feature[];
 /** Younger than the rest: each is drawn from a stream of its own, so that the lives of before stay as they were. */
-const LATER = new Set<Feature>(["volumes", "slowVolumes", "zoneDroughts", "generations"]);
+const LATER = new Set<Feature>(["volumes", "slowVolumes", "zoneDroughts", "generations", "s3"]);
 /** What a quiet life may have: nothing of it takes anything away. */
 const GENTLE = new Set<Feature>([
   "waves",
@@ -87,6 +89,7 @@ const GENTLE = new Set<Feature>([
   "young",
   "big",
   "volumes",
+  "s3",
 ]);
 
 export interface LifeOptions {
@@ -115,6 +118,7 @@ export interface Outcome {
 const MINUTE = 60_000;
 const REST_MINUTES = 90;
 const STEP_MS = 5_000;
+const BUCKET = "config";
 /** How many times as often calls fail in a storm. */
 const STORM = 4;
 const ZONES = ["us-east-1a", "us-east-1b", "us-east-1c"];
@@ -284,6 +288,7 @@ class Life {
     for (const name of world.autoscaling.groups.keys()) this.#resume(name);
     for (const slot of this.#slots) slot.killIn = undefined;
     for (const name of [...this.#leftOut.keys()]) this.#takeIn(name);
+    this.#mend();
   }
 
   // --- The fleet -------------------------------------------------------------------------------------------------
@@ -428,6 +433,7 @@ class Life {
         partialReceives: choose(random, 0, 0.3),
       });
     if (has("slowVolumes")) this.#slowVolumes();
+    if (has("s3")) this.#breakConfiguration();
     if (has("shuffled")) this.#shuffleAnswers();
     if (has("lostDeletes")) this.#loseDeletes();
 
@@ -497,6 +503,33 @@ class Life {
     if (random.chance(0.5)) Object.assign(delays, { volumeCreatingMs: [5_000, 60_000], volumeAttachingMs: [5_000, 60_000] });
     if (random.chance(0.3))
       ec2.ebs.failSnapshot = () => (random.chance(0.3) ? "An internal error occurred during the copy" : undefined);
+  }
+
+  #publish(): void {
+    if (this.#features.has("s3")) this.#stage.world.s3.put(BUCKET, "service_config.json", this.#stage.configText());
+  }
+  #breakConfiguration(): void {
+    const { world } = this.#stage;
+    const random = streamOf(this.#seed, "s3");
+    this.#publish();
+    const bucket = world.s3.buckets.get(BUCKET);
+    for (let n = random.between([1, 4]); n > 0; n--)
+      world.after(random.between([0, this.#stretchMs]), () => {
+        if (this.#isOver || !bucket) return;
+        const text = this.#stage.configText();
+        const broken = choose(random, undefined, "", text.slice(0, text.length / 2), "{}", text.replace("groups", "group"));
+        this.#say(
+          broken === undefined ? "operator: S3 is denied" : `operator: puts a broken configuration: ${broken.slice(0, 40)}`,
+        );
+        if (broken === undefined) bucket.denied = true;
+        else world.s3.put(BUCKET, "service_config.json", broken);
+        world.after(random.between([MINUTE, 5 * MINUTE]), () => this.#mend());
+      });
+  }
+  #mend(): void {
+    const bucket = this.#stage.world.s3.buckets.get(BUCKET);
+    if (bucket) bucket.denied = false;
+    this.#publish();
   }
 
   #shuffleAnswers(): void {
@@ -841,6 +874,10 @@ class Life {
     for (;;) {
       await this.#stage.clock.sleep(MINUTE);
       if (!slot.alive) return;
+      if (this.#features.has("s3")) {
+        await this.#program.refresh(daemon.ctx, { b: BUCKET, r: this.#stage.world.region, t: false, v: false });
+        continue;
+      }
       try {
         if (this.#features.has("reconfiguration")) daemon.ctx.state.config = this.#stage.config();
         await this.#program.checkGroups(daemon.ctx);
@@ -1006,6 +1043,7 @@ class Life {
     if (!expected || !options || Object.keys(this.#stage.groups).length < 2) return;
     this.#say(`operator: ${name} leaves the configuration`);
     delete this.#stage.groups[name];
+    this.#publish();
     this.#leftOut.set(name, options);
     expected.pausedUntilMs = expected.outUntilMs = Number.POSITIVE_INFINITY;
     this.#stage.world.after(random.between([MINUTE, 8 * MINUTE]), () => this.#takeIn(name));
@@ -1016,6 +1054,7 @@ class Life {
     if (!expected || !options) return;
     this.#leftOut.delete(name);
     this.#stage.groups[name] = options;
+    this.#publish();
     expected.pausedUntilMs = expected.outUntilMs = this.#stage.clock.now() + 2 * MINUTE;
   }
 
