@@ -351,12 +351,14 @@ class Life {
       suspended: [...(random.chance(0.2) ? ["AZRebalance"] : []), ...(isSuspended ? ["Launch"] : [])],
       ...(random.chance(0.2) && { tags: { team: "blue" } }),
     };
+    const isSlow = streamOf(this.#seed, `slow ${name}`).chance(0.05);
     const options = {
       detaching_delay_seconds: choose(random, 0, 10, 20, 20, 60, 300),
       is_enable_od_fallback: random.chance(0.8),
       max_num_of_terminated_one_time: choose(random, 1, 1, 2, 4),
       preaction_detach_delay_seconds: choose(random, 0, 10, 10, 120),
-      preaction_termination_delay_seconds: choose(random, 0, 10, 10, 300),
+      // Longer than SQS delays a message, at times.
+      preaction_termination_delay_seconds: Math.max(choose(random, 0, 10, 10, 300), isSlow ? 1_000 : 0),
       is_to_handle_rebalance_event: random.chance(0.7),
       is_to_handle_maintenance_event: random.chance(0.7),
       ...(random.chance(0.2) && { alt1: "m5n.large" }),
