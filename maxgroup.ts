@@ -4422,7 +4422,7 @@ async function readFile(ctx: Pick<Ctx, "deps" | "signal">, flags: Flags, name: s
 }
 
 /** Reads configuration and groups again; what fails leaves the last good ones in force. */
-async function refresh(ctx: Ctx, flags: Flags): Promise<void> {
+export async function refresh(ctx: Ctx, flags: Flags): Promise<void> {
   try {
     const config = parseConfig(await readFile(ctx, flags, "service_config.json"));
     if (flags.t) refuseRealAws(config);

@@ -466,7 +466,7 @@ export class AutoScaling {
     if (staleMs === 0) return;
     const now = this.#world.now();
     group.past = group.past.filter(({ untilMs }) => untilMs > now - staleMs);
-    group.past.push({ untilMs: now, view: structuredClone(this.describe(group)) });
+    group.past.push({ untilMs: now, view: this.describe(group) });
   }
 
   sample(name: string): CapacitySample | undefined {

@@ -18,7 +18,7 @@ export type Daemon = {
 };
 
 /** What a stage needs of the program: the real one, or a copy with a bug in it. */
-export type Program = Pick<typeof maxgroup, "checkGroups" | "makeContext" | "makeLog" | "parseConfig" | "run">;
+export type Program = Pick<typeof maxgroup, "checkGroups" | "makeContext" | "makeLog" | "parseConfig" | "refresh" | "run">;
 
 export type DaemonOptions = {
   /** Sets its clock apart from the world's. */
@@ -65,18 +65,20 @@ export class Stage {
     return instanceIds;
   }
 
-  config(queueOptions: object = {}): Config {
+  /** service_config.json. */
+  configText(queueOptions: object = {}): string {
     const queue = (queue_url: string) => ({ queue_url, ...queueOptions });
-    return this.#program.parseConfig(
-      JSON.stringify({
-        global: {
-          interruption_evt_sqs: queue(this.queues.interruption),
-          detach_evt_sqs: queue(this.queues.detach),
-          termination_evt_sqs: queue(this.queues.termination),
-        },
-        groups: this.groups,
-      }),
-    );
+    return JSON.stringify({
+      global: {
+        interruption_evt_sqs: queue(this.queues.interruption),
+        detach_evt_sqs: queue(this.queues.detach),
+        termination_evt_sqs: queue(this.queues.termination),
+      },
+      groups: this.groups,
+    });
+  }
+  config(queueOptions: object = {}): Config {
+    return this.#program.parseConfig(this.configText(queueOptions));
   }
 
   /** Starts a daemon and waits until it has looked at its groups. */

@@ -36,8 +36,8 @@ import { AwsError, type Handler, type Queues, type Service, type World } from ".
 import { type Account, DataWatch } from "./data.ts";
 
 export interface Finding {
-  /** The invariant's number in DESIGN.md, or a word. */
-  rule: "1" | "2" | "3" | "4" | "5" | "6" | "7" | "capacity" | "quiet" | "late" | "preaction";
+  /** The invariant's number in DESIGN.md; "preaction" | "choice": another of its rules, on what is launched, and when one goes. */
+  rule: "1" | "2" | "3" | "4" | "5" | "6" | "7" | "capacity" | "quiet" | "late" | "preaction" | "choice";
   atMs: number;
   text: string;
 }
@@ -50,6 +50,8 @@ export interface Traits {
   prompt: boolean;
   lagMs: number;
   spreadMs: number;
+  /** One daemon from beginning to end. */
+  alone: boolean;
   /** Good messages may end in the dead-letter queue: crashes, duplicates and lost deletes count as receives. */
   deadLetters: boolean;
 }
@@ -70,6 +72,11 @@ export interface Expected {
   /** Members in service may never be fewer: the start, less what the world and the operator took. */
   floor: number;
   protects: boolean;
+  /** As the configuration has them. */
+  fallback: boolean;
+  detachMs: number;
+  softDetachMs: number;
+  softEndMs: number;
   weighted: boolean;
   /** Launched to aid in balancing, and nobody was ended for it yet. */
   balancing: number;
@@ -83,6 +90,9 @@ export interface Expected {
 }
 
 interface NoticeRecord {
+  /** When the first one was made; and whether any of them has no deadline. */
+  madeMs: number;
+  isSoft: boolean;
   /** The earliest hard deadline that any notice of it states; undefined: none has one. */
   deadlineMs: number | undefined;
   /** Nothing stood against its replacement when the notice was made. */
@@ -96,6 +106,7 @@ const TERMINATION = "MaxGroup Termination";
 /** The program lets an instance go this long before it goes by itself. */
 const MARGIN_MS = 5_000;
 const DRAIN_MS = 30_000;
+const YOUNG_MS = 10 * 60_000;
 
 type Actor = "daemon" | "operator" | "world";
 
@@ -133,6 +144,7 @@ export class Watch {
   readonly #orders = new Map<string, string>();
   /** The types that preaction has named as better, by old instance; none for a fallback. */
   readonly #better = new Map<string, Set<string>>();
+  readonly #detachedMs = new Map<string, number>();
 
   constructor(world: World, queues: Queues, traits: Traits) {
     this.#world = world;
@@ -206,6 +218,8 @@ export class Watch {
       group.members.get(id)?.state === "InService" &&
       instance.state === "running";
     this.notices.set(id, {
+      madeMs: known?.madeMs ?? this.#world.now(),
+      isSoft: deadlineMs === undefined || known?.isSoft === true,
       deadlineMs: Math.min(known?.deadlineMs ?? Number.POSITIVE_INFINITY, deadlineMs ?? Number.POSITIVE_INFINITY),
       owed: owed || known?.owed === true,
       inTime: (owed && reachesInTime && deadlineMs !== undefined) || known?.inTime === true,
@@ -374,6 +388,7 @@ export class Watch {
         if (!this.notices.has(old)) this.find("4", `${id} was launched for ${old}, which had no notice`);
         if (!this.groups.get(tags.get("spotmax:group") ?? "")?.configured)
           this.find("4", `${id} was launched for the group ${tags.get("spotmax:group")}, which is not configured`);
+        this.#judgeLaunch(id, old, tags.get("spotmax:group") ?? "");
       });
       return answer;
     };
@@ -381,11 +396,63 @@ export class Watch {
     this.#around<RunInstancesRequest>("ec2", "RunInstances", judge);
   }
 
+  /** Which of an instance's notices count: only ones with a deadline, only ones without, or both, where nothing is said. */
+  #kindOf(id: string): "hard" | "soft" | "both" {
+    const notice = this.notices.get(id);
+    const isHard = Number.isFinite(notice?.deadlineMs);
+    return isHard === notice?.isSoft ? "both" : isHard ? "hard" : "soft";
+  }
+
+  /** What is launched for whom, and when: the ladder's rules as far as they show in one launch. */
+  #judgeLaunch(id: string, old: string, name: string): void {
+    const [claim, before] = [this.#instance(id), this.#instance(old)];
+    const [group, expected] = [this.#world.autoscaling.groups.get(name), this.groups.get(name)];
+    if (!claim || !before || !group || !expected) return;
+    const what = `${id} (${claim.lifecycle}) was launched for ${old} (${before.lifecycle})`;
+    const kind = this.#kindOf(old);
+    const isSpotMember = before.lifecycle === "spot" || before.tags.has("spotmax:fallback");
+    if (!isSpotMember && claim.lifecycle === "spot") this.find("choice", what);
+    if (isSpotMember && claim.lifecycle === "on-demand" && (kind === "soft" || !expected.fallback))
+      this.find("choice", `${what}, which has ${kind === "soft" ? "no deadline" : "no fallback"}`);
+    for (const [key, { value, propagate }] of group.tags)
+      if (propagate && claim.tags.get(key) !== value) this.find("choice", `${what} without the group's tag ${key}`);
+    // Somebody must own the deadline, whatever becomes of the launch.
+    if (kind === "hard" && !this.#sentMs.has(`detach ${old}`)) this.find("choice", `${what} before a detach message was sent`);
+    if (kind !== "soft") return;
+    const ageMs = this.#world.now() - before.launchedAtMs;
+    if (ageMs < YOUNG_MS - this.#traits.spreadMs - 1_000) this.find("choice", `${what}, which is ${ageMs / 1000} s old`);
+    if (!this.#traits.alone || !this.#traits.prompt) return;
+    // Those with a deadline may come in between.
+    const open = [...this.claims].filter(
+      ([other, c]) =>
+        this.#isLiving(other) && !this.#instance(other)?.tags.has("spotmax:attached") && this.#kindOf(c.old) === "soft",
+    );
+    const inHand = new Set(
+      open.flatMap(([other, c]) => (this.#instance(other)?.tags.get("spotmax:group") === name ? [c.old] : [])),
+    );
+    inHand.delete(old);
+    if (inHand.size >= expected.limit)
+      this.find("choice", `${what} beside ${[...inHand].join(" ")}, and ${name} may have ${expected.limit} in hand`);
+  }
+
+  /** One that we let go lives on for as long as the configuration says. */
+  #judgeEnd(id: string, detachedMs: number): void {
+    const name = this.#instance(id)?.tags.get("spotmax:detached") ?? "";
+    const expected = this.groups.get(name);
+    const kind = this.#kindOf(id);
+    if (!expected || kind === "both" || (kind === "hard" && this.data.keepsData(name))) return;
+    const dueMs = kind === "soft" ? detachedMs + expected.softEndMs : (this.notices.get(id)?.deadlineMs ?? 0) + 60_000;
+    if (this.#world.now() < dueMs - this.#traits.spreadMs - 1_000)
+      this.find("choice", `${id} was ended ${(dueMs - this.#world.now()) / 1000} s before its time`);
+  }
+
   #watchInstances(): void {
     this.#around<TerminateInstancesRequest>("ec2", "TerminateInstances", (input, perform) => {
       for (const id of input.InstanceIds ?? []) {
         const instance = this.#instance(id);
         if (!instance || !this.#isLiving(id)) continue;
+        const detachedMs = this.#detachedMs.get(id);
+        if (detachedMs !== undefined) this.#judgeEnd(id, detachedMs);
         // Invariant 4. A tag in itself is not enough of a reason, but without one of these two nothing is ended.
         if (!instance.tags.has("spotmax:replaces") && !instance.tags.has("spotmax:detached"))
           this.find("4", `${id}, which carries no tag of ours, was ended`);
@@ -530,6 +597,13 @@ export class Watch {
     const instance = this.#instance(id);
     const decrement = input.ShouldDecrementDesiredCapacity === true;
     this.letGo.add(id);
+    this.#detachedMs.set(id, this.#world.now());
+    const kind = this.#kindOf(id);
+    const { madeMs = 0, deadlineMs = 0 } = this.notices.get(id) ?? {};
+    const { detachMs = 0, softDetachMs = 0 } = this.groups.get(name) ?? {};
+    const dueMs = kind === "soft" ? madeMs + softDetachMs : Math.min(madeMs + detachMs, deadlineMs - DRAIN_MS);
+    if (kind !== "both" && this.#world.now() < dueMs - this.#traits.spreadMs - 2_000)
+      this.find("choice", `${id} was detached ${(dueMs - this.#world.now()) / 1000} s before its time`);
     if (!this.notices.has(id)) this.find("4", `${id} was detached from ${name} without any notice`);
     if (instance?.tags.get("spotmax:detached") !== name) this.find("3", `${id} was detached before it carries spotmax:detached`);
     if (this.#isTimeUp(id)) return;
@@ -598,7 +672,8 @@ export class Watch {
     this.asked.add(id);
     if (better) this.#better.set(id, new Set([...(this.#better.get(id) ?? []), ...better]));
     if (this.notices.has(id)) return; // a copy, or one that has another notice as well
-    this.notices.set(id, { deadlineMs: Number.POSITIVE_INFINITY, owed: false, inTime: false });
+    const madeMs = this.#world.now();
+    this.notices.set(id, { madeMs, isSoft: true, deadlineMs: Number.POSITIVE_INFINITY, owed: false, inTime: false });
     if (!instance || !this.groups.get(instance.group ?? "")?.configured) {
       if (!this.#outOfServiceMs.has(id)) this.find("4", `${id}, which is in no group of ours, is to be replaced`);
       return;

@@ -73,11 +73,13 @@ const FEATURES = {
   generations: 0.25,
   /** Groups with preaction, and fallbacks that go back to spot early. */
   preaction: 0.35,
+  /** The configuration is read from S3 every minute; now and then S3 is away, or what lies there is broken. */
+  s3: 0.25,
 } as const;
 export type Feature = keyof typeof FEATURES;
 export const featureNames = Object.keys(FEATURES) as Feature[];
 /** Younger than the rest: each is drawn from a stream of its own, so that the lives of before stay as they were. */
-const LATER = new Set<Feature>(["volumes", "slowVolumes", "zoneDroughts", "generations"]);
+const LATER = new Set<Feature>(["volumes", "slowVolumes", "zoneDroughts", "generations", "s3", "preaction"]);
 /** What a quiet life may have: nothing of it takes anything away. */
 const GENTLE = new Set<Feature>([
   "waves",
@@ -91,6 +93,7 @@ const GENTLE = new Set<Feature>([
   "big",
   "volumes",
   "preaction",
+  "s3",
 ]);
 
 export interface LifeOptions {
@@ -119,6 +122,7 @@ export interface Outcome {
 const MINUTE = 60_000;
 const REST_MINUTES = 90;
 const STEP_MS = 5_000;
+const BUCKET = "config";
 /** How many times as often calls fail in a storm. */
 const STORM = 4;
 const ZONES = ["us-east-1a", "us-east-1b", "us-east-1c"];
@@ -221,6 +225,7 @@ class Life {
       // Two latencies and what else a batch reads; a slow or repeated call may take a minute and a half.
       lagMs: 3_000 + staleMs + (has("latency") ? 10_000 : 0) + (isFaulty ? 120_000 : 0),
       spreadMs: Math.max(0, ...skews) + Math.max(0, ...skews.map((ms) => -ms)),
+      alone: !has("daemons") && !isShaken,
       deadLetters: isFaulty || isShaken,
     };
     this.#watch = new Watch(this.#stage.world, this.#stage.queues, traits);
@@ -289,6 +294,7 @@ class Life {
     for (const name of world.autoscaling.groups.keys()) this.#resume(name);
     for (const slot of this.#slots) slot.killIn = undefined;
     for (const name of [...this.#leftOut.keys()]) this.#takeIn(name);
+    this.#mend();
   }
 
   // --- The fleet -------------------------------------------------------------------------------------------------
@@ -351,12 +357,14 @@ class Life {
       suspended: [...(random.chance(0.2) ? ["AZRebalance"] : []), ...(isSuspended ? ["Launch"] : [])],
       ...(random.chance(0.2) && { tags: { team: "blue" } }),
     };
+    const isSlow = streamOf(this.#seed, `slow ${name}`).chance(0.05);
     const options = {
       detaching_delay_seconds: choose(random, 0, 10, 20, 20, 60, 300),
       is_enable_od_fallback: random.chance(0.8),
       max_num_of_terminated_one_time: choose(random, 1, 1, 2, 4),
       preaction_detach_delay_seconds: choose(random, 0, 10, 10, 120),
-      preaction_termination_delay_seconds: choose(random, 0, 10, 10, 300),
+      // Longer than SQS delays a message, at times.
+      preaction_termination_delay_seconds: Math.max(choose(random, 0, 10, 10, 300), isSlow ? 1_000 : 0),
       is_to_handle_rebalance_event: random.chance(0.7),
       is_to_handle_maintenance_event: random.chance(0.7),
       ...(random.chance(0.2) && { alt1: "m5n.large" }),
@@ -366,7 +374,6 @@ class Life {
       configured: isConfigured,
       rebalance: options.is_to_handle_rebalance_event,
       maintenance: options.is_to_handle_maintenance_event,
-      limit: options.max_num_of_terminated_one_time,
       min,
       max,
       desired,
@@ -374,6 +381,11 @@ class Life {
       above: 0,
       floor: desired,
       protects: isProtected,
+      fallback: options.is_enable_od_fallback,
+      limit: options.max_num_of_terminated_one_time,
+      detachMs: options.detaching_delay_seconds * 1000,
+      softDetachMs: options.preaction_detach_delay_seconds * 1000,
+      softEndMs: options.preaction_termination_delay_seconds * 1000,
       weighted: isWeighted,
       balancing: 0,
       resized: false,
@@ -430,6 +442,7 @@ class Life {
         partialReceives: choose(random, 0, 0.3),
       });
     if (has("slowVolumes")) this.#slowVolumes();
+    if (has("s3")) this.#breakConfiguration();
     if (has("shuffled")) this.#shuffleAnswers();
     if (has("lostDeletes")) this.#loseDeletes();
 
@@ -499,6 +512,33 @@ class Life {
     if (random.chance(0.5)) Object.assign(delays, { volumeCreatingMs: [5_000, 60_000], volumeAttachingMs: [5_000, 60_000] });
     if (random.chance(0.3))
       ec2.ebs.failSnapshot = () => (random.chance(0.3) ? "An internal error occurred during the copy" : undefined);
+  }
+
+  #publish(): void {
+    if (this.#features.has("s3")) this.#stage.world.s3.put(BUCKET, "service_config.json", this.#configText());
+  }
+  #breakConfiguration(): void {
+    const { world } = this.#stage;
+    const random = streamOf(this.#seed, "s3");
+    this.#publish();
+    const bucket = world.s3.buckets.get(BUCKET);
+    for (let n = random.between([1, 4]); n > 0; n--)
+      world.after(random.between([0, this.#stretchMs]), () => {
+        if (this.#isOver || !bucket) return;
+        const text = this.#configText();
+        const broken = choose(random, undefined, "", text.slice(0, text.length / 2), "{}", text.replace("groups", "group"));
+        this.#say(
+          broken === undefined ? "operator: S3 is denied" : `operator: puts a broken configuration: ${broken.slice(0, 40)}`,
+        );
+        if (broken === undefined) bucket.denied = true;
+        else world.s3.put(BUCKET, "service_config.json", broken);
+        world.after(random.between([MINUTE, 5 * MINUTE]), () => this.#mend());
+      });
+  }
+  #mend(): void {
+    const bucket = this.#stage.world.s3.buckets.get(BUCKET);
+    if (bucket) bucket.denied = false;
+    this.#publish();
   }
 
   #shuffleAnswers(): void {
@@ -795,10 +835,10 @@ class Life {
 
   // --- Preaction -------------------------------------------------------------------------------------------------
 
-  #config(): ReturnType<Stage["config"]> {
-    if (!this.#features.has("preaction")) return this.#stage.config();
+  #configText(): string {
+    if (!this.#features.has("preaction")) return this.#stage.configText();
     const minutes = choose(streamOf(this.#seed, "interval"), 1, 2, 5, 10);
-    return this.#stage.config({ preaction_snapshot_interval_minutes: minutes });
+    return this.#stage.configText({ preaction_snapshot_interval_minutes: minutes });
   }
   #preactionOptions(name: string): object {
     const random = streamOf(this.#seed, `preaction ${name}`);
@@ -851,7 +891,7 @@ class Life {
     const slot: Slot = { skewMs, alive: true, killIn: undefined, daemon: undefined };
     const daemon = this.#stage.spawn({
       skewMs,
-      config: this.#config(),
+      config: this.#program.parseConfig(this.#configText()),
       // What is left available is to be reported.
       level: this.#log ? "debug" : this.#watch.data.isUsed ? "warn" : "error",
       onAwait: (input) => {
@@ -895,8 +935,12 @@ class Life {
     for (;;) {
       await this.#stage.clock.sleep(MINUTE);
       if (!slot.alive) return;
+      if (this.#features.has("s3")) {
+        await this.#program.refresh(daemon.ctx, { b: BUCKET, r: this.#stage.world.region, t: false, v: false });
+        continue;
+      }
       try {
-        if (this.#features.has("reconfiguration")) daemon.ctx.state.config = this.#config();
+        if (this.#features.has("reconfiguration")) daemon.ctx.state.config = this.#program.parseConfig(this.#configText());
         await this.#program.checkGroups(daemon.ctx);
       } catch (error) {
         this.#say(`refresh: ${String(error)}`); // the last good one stays, as main has it
@@ -1060,6 +1104,7 @@ class Life {
     if (!expected || !options || Object.keys(this.#stage.groups).length < 2) return;
     this.#say(`operator: ${name} leaves the configuration`);
     delete this.#stage.groups[name];
+    this.#publish();
     this.#leftOut.set(name, options);
     expected.pausedUntilMs = expected.outUntilMs = Number.POSITIVE_INFINITY;
     this.#stage.world.after(random.between([MINUTE, 8 * MINUTE]), () => this.#takeIn(name));
@@ -1070,6 +1115,7 @@ class Life {
     if (!expected || !options) return;
     this.#leftOut.delete(name);
     this.#stage.groups[name] = options;
+    this.#publish();
     expected.pausedUntilMs = expected.outUntilMs = this.#stage.clock.now() + 2 * MINUTE;
   }
 
