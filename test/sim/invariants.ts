@@ -671,7 +671,9 @@ export class Watch {
     const better = maxgroup?.better?.flat();
     this.asked.add(id);
     if (better) this.#better.set(id, new Set([...(this.#better.get(id) ?? []), ...better]));
-    if (this.notices.has(id)) return; // a copy, or one that has another notice as well
+    const known = this.notices.get(id);
+    if (known) known.isSoft = true;
+    if (known) return; // a copy, or one that has another notice as well
     const madeMs = this.#world.now();
     this.notices.set(id, { madeMs, isSoft: true, deadlineMs: Number.POSITIVE_INFINITY, owed: false, inTime: false });
     if (!instance || !this.groups.get(instance.group ?? "")?.configured) {
