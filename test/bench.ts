@@ -113,6 +113,8 @@ function startProgram(world: World, clock: Clock, config: Config): Program {
     s3: client(world, "s3"),
     sqs: () => sqs,
     fetch,
+    credentials: async () => ({ accessKeyId: "AKIATEST", secretAccessKey: "secret" }),
+    region: REGION,
     now: () => clock.now(),
     sleep: (ms, signal) => clock.sleep(ms, signal),
     random: () => world.random.next(),

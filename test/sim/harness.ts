@@ -131,6 +131,8 @@ export class Stage {
         if (!dead) onAwait?.();
         return dead ? never : alive(this.http(url, init));
       },
+      credentials: async () => ({ accessKeyId: "AKIATEST", secretAccessKey: "secret" }),
+      region: "us-east-2",
       now,
       sleep: (ms, signal) => {
         if (!dead) onAwait?.();
