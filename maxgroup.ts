@@ -3284,14 +3284,13 @@ export function eksUser({ command = "", args, env }: Exec): { cluster: string; r
   };
 }
 
-/** A URL of STS with this query, signed for `seconds`; in the partition of its region. */
+/** A URL of STS with this query, signed for a minute, in the partition of its region. */
 async function stsUrl(
   ctx: Ctx,
   region: string,
   query: Record<string, string>,
   headers: Record<string, string>,
   credentials: Credentials,
-  seconds: number,
 ): Promise<string> {
   const hostname = `sts.${region}.amazonaws.com${region.startsWith("cn-") ? ".cn" : ""}`;
   const signer = new SignatureV4({ service: "sts", region, credentials, sha256: Hash.bind(null, "sha256") });
@@ -3304,15 +3303,16 @@ async function stsUrl(
       query: { ...query, Version: "2011-06-15" },
       headers: { host: hostname, ...headers },
     },
-    { expiresIn: seconds, signingDate: new Date(cloudNow(ctx)) },
+    { expiresIn: 60, signingDate: new Date(cloudNow(ctx)) },
   );
   return `https://${hostname}/?${new URLSearchParams(Object.entries(signed).map(([k, x]): [string, string] => [k, String(x)]))}`;
 }
 
 /** The credentials of another role, as a kubeconfig may ask for. */
 async function assume(ctx: Ctx, region: string, role: string, own: Credentials): Promise<Credentials> {
-  const url = await stsUrl(ctx, region, { Action: "AssumeRole", RoleArn: role, RoleSessionName: "max_group" }, {}, own, 60);
-  const answer = await ctx.deps.fetch(url);
+  const url = await stsUrl(ctx, region, { Action: "AssumeRole", RoleArn: role, RoleSessionName: "max_group" }, {}, own);
+  const { AWS_ENDPOINT_URL: endpoint } = process.env; // then nothing of ours goes to AWS itself
+  const answer = await ctx.deps.fetch(endpoint ? url.replace(/^https:\/\/[^/]+\//, `${new URL(endpoint).origin}/`) : url);
   const xml = await answer.text();
   const field = (name: string) => new RegExp(`<${name}>([^<]+)</${name}>`).exec(xml)?.[1] ?? "";
   if (!answer.ok) throw new Error(`assuming ${role}: ${field("Code")}: ${field("Message")}`);
@@ -3324,12 +3324,16 @@ export async function eksToken(ctx: Ctx, user: { cluster: string; region: string
   const own = await ctx.deps.credentials();
   const credentials = user.role ? await assume(ctx, user.region, user.role, own) : own;
   const headers = { "x-k8s-aws-id": user.cluster };
-  const url = await stsUrl(ctx, user.region, { Action: "GetCallerIdentity" }, headers, credentials, 60);
+  const url = await stsUrl(ctx, user.region, { Action: "GetCallerIdentity" }, headers, credentials);
   return `k8s-aws-v1.${Buffer.from(url).toString("base64url")}`;
 }
 
 const inCluster = () =>
   process.env.KUBERNETES_SERVICE_HOST !== undefined && existsSync("/var/run/secrets/kubernetes.io/serviceaccount/token");
+
+/** Rejects when the signal is aborted: a plugin that hangs knows no signal, and may keep no place from others. */
+const aborted = (signal: AbortSignal) =>
+  new Promise<never>((_, reject) => signal.addEventListener("abort", () => reject(signal.reason), { once: true }));
 
 /** The cluster of a group: its own kubeconfig, else -K, else the one that we run in; undefined where there is none of these. */
 function clusterOf(ctx: Ctx, options: GroupOptions): Cluster | undefined {
@@ -3339,7 +3343,7 @@ function clusterOf(ctx: Ctx, options: GroupOptions): Cluster | undefined {
   if (known) return known;
   const bounded = () =>
     batcher<Ask, Answer>(ctx.deps, { limit: 1, parallel: 32, eager: true }, ([ask]) =>
-      Promise.all(ask ? [send(ctx, cluster, ask)] : []),
+      Promise.all(ask ? [Promise.race([send(ctx, cluster, ask), aborted(ask.signal)])] : []),
     );
   const cluster: Cluster = {
     path,
@@ -3513,8 +3517,10 @@ async function listNodes(ctx: Ctx, cluster: Cluster): Promise<Map<string, KubeNo
  * are given out again. Names are tried first, for a list of all nodes is long; `isThorough` asks for that, too.
  */
 async function nodeOf(ctx: Ctx, cluster: Cluster, instance: string, isThorough: boolean): Promise<KubeNode | undefined> {
-  const dns = (await ctx.cloud.instance(instance))?.privateDns ?? "";
-  const name = cluster.names.get(instance) || dns;
+  const known = cluster.names.get(instance);
+  const seen = known ? undefined : ctx.state.claims.get(instance);
+  const dns = known ? "" : seen?.privateDns || (await ctx.cloud.instance(instance))?.privateDns || "";
+  const name = known ?? dns;
   if (name) {
     const path = `/api/v1/nodes/${name}`;
     const { status: code, json } = await kube(ctx, cluster, `reading node ${name}`, { method: "GET", path }, { also: [404] });
@@ -3525,7 +3531,8 @@ async function nodeOf(ctx: Ctx, cluster: Cluster, instance: string, isThorough: 
     }
     cluster.names.delete(instance);
   }
-  const node = isThorough ? ((await cluster.listed(instance)) ?? (await cluster.listed(dns))) : undefined;
+  const [byId, byName] = isThorough ? await Promise.all([cluster.listed(instance), cluster.listed(dns)]) : [];
+  const node = byId ?? byName;
   if (node) cluster.names.set(instance, node.name);
   return node;
 }
@@ -3949,6 +3956,17 @@ const RIGHTS: { verb: string; group?: string; resource: string; subresource?: st
 ];
 const reviewSchema = v.object({ status: v.object({ allowed: v.boolean() }) });
 
+async function missingRights(ctx: Ctx, cluster: Cluster): Promise<string[]> {
+  const path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
+  const answers = RIGHTS.map(async (resourceAttributes) => {
+    const body = { apiVersion: "authorization.k8s.io/v1", kind: "SelfSubjectAccessReview", spec: { resourceAttributes } };
+    const { json } = await kube(ctx, cluster, "asking for our rights", { method: "POST", path, body });
+    const { verb, resource, subresource } = resourceAttributes;
+    return v.parse(reviewSchema, json).status.allowed ? [] : [`${verb} ${resource}${subresource ? `/${subresource}` : ""}`];
+  });
+  return (await Promise.all(answers)).flat();
+}
+
 /** Says what would stand in the way of a group's drains; only ever warns. */
 async function checkCluster(ctx: Ctx, name: string, options: GroupOptions, log: Log): Promise<void> {
   const cluster = clusterOf(ctx, options);
@@ -3957,18 +3975,10 @@ async function checkCluster(ctx: Ctx, name: string, options: GroupOptions, log: 
       `k8s_node_drain_option is on, and no cluster is known: set k8s_config_file_path, pass -K FILE, or run max_group in a pod of the cluster; until then no pod of ${name} is moved`,
     );
   try {
-    const path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
-    const missing = await Promise.all(
-      RIGHTS.map(async (resourceAttributes) => {
-        const body = { apiVersion: "authorization.k8s.io/v1", kind: "SelfSubjectAccessReview", spec: { resourceAttributes } };
-        const { json } = await kube(ctx, cluster, "asking for our rights", { method: "POST", path, body });
-        const { verb, resource, subresource } = resourceAttributes;
-        return v.parse(reviewSchema, json).status.allowed ? [] : [`${verb} ${resource}${subresource ? `/${subresource}` : ""}`];
-      }),
-    );
-    if (missing.flat().length)
+    const missing = await cached(ctx, `rights at ${cluster.path}`, () => missingRights(ctx, cluster));
+    if (missing.length)
       log.warn(
-        `the cluster of ${name} does not allow: ${missing.flat().join(", ")}; bind max_group's user to the roles of conf/k8s-rbac.yml`,
+        `the cluster of ${name} does not allow: ${missing.join(", ")}; bind max_group's user to the roles of conf/k8s-rbac.yml`,
       );
     else log.debug(`pods of ${name} are moved by way of ${cluster.access?.server}`);
   } catch (error) {
@@ -4048,6 +4058,7 @@ function forget(ctx: Ctx, open: Ec2Instance[]): void {
     for (const [key, atMs] of map) if (ctx.deps.now() - atMs > 3_600_000) map.delete(key);
   for (const id of ctx.state.joined) if (!ctx.state.claims.has(id)) ctx.state.joined.delete(id);
   if (ctx.state.left.size > 10_000) ctx.state.left.clear(); // a memory to save calls, no more
+  for (const { names } of ctx.state.clusters.values()) if (names.size > 10_000) names.clear(); // likewise
   for (const [key, untilMs] of ctx.state.failedPools) if (untilMs < ctx.deps.now()) ctx.state.failedPools.delete(key);
 }
 
