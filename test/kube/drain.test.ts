@@ -33,17 +33,26 @@ describe.skipIf(started === undefined)("which pods go", () => {
     expect(stage.said(`drained ${name}`)).toBe(true);
   });
 
-  test("a StatefulSet's pod that came back under its name on another node is left alone", async () => {
+  test("a StatefulSet's pod that came back under its name on another node is left alone, also if that was a moment ago", async () => {
     const [old, other] = [await stage.node(), await stage.node()];
     const pod = { name: "db-0", owner: "StatefulSet", ownerName: "db" } as const;
-    const first = await cluster.makePod({ ...pod, node: old.name, endsAfterSeconds: 2 });
-    const draining = stage.step("drain", stage.work(old.id, short));
-    await cluster.waitUntilGone(first);
-    const second = await cluster.makePod({ ...pod, node: other.name });
-    expect((await draining).is).toBe("done");
-    await Bun.sleep(1_000);
+    const first = await cluster.makePod({ ...pod, node: old.name });
+    const { fetch } = stage.ctx.deps;
+    let second = first;
+    // Between the list and the eviction.
+    stage.ctx.deps.fetch = async (url, init) => {
+      if (url.endsWith("/db-0/eviction") && second === first) {
+        await cluster.remove(first);
+        second = await cluster.makePod({ ...pod, node: other.name });
+      }
+      return fetch(url, init);
+    };
+    expect((await stage.step("drain", stage.work(old.id, short))).is).toBe("done");
+    stage.ctx.deps.fetch = fetch;
+    await Bun.sleep(500);
+    expect(second.metadata.uid).not.toBe(first.metadata.uid);
     expect((await cluster.read(second))?.metadata).toMatchObject({ uid: second.metadata.uid });
-    expect((await cluster.read(second))?.metadata.deletionTimestamp).toBeUndefined();
+    expect(stage.said(`drained ${old.name}`)).toBe(true);
   });
 
   test("a grace period longer than the instance lives is shortened to what is left", async () => {

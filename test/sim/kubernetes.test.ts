@@ -202,31 +202,64 @@ test("where no cluster is known it is said at the start, and machines are replac
   expect(kube.asked).toBe(0);
 });
 
-test("killed at any await, its successor has the pods moved and the old one detached in time", async () => {
-  const story = async (killAt: number | undefined) => {
-    const { s, kube, old, at } = scene();
-    let awaits = 0;
-    let daemon: Awaited<ReturnType<Stage["start"]>> | undefined;
-    const options: DaemonOptions = {
-      level: "error",
-      onAwait: () => {
-        if (Number.isNaN(at("notice", old)) || !daemon) return;
-        if (awaits++ !== killAt) return;
-        daemon.kill();
-        s.world.after(2_000, () => void s.spawn({ level: "error" }));
-      },
+test.each(["interruption", "rebalance"] as const)(
+  "killed at any await after the notice (%s), its successor has the pods moved, and the old one detached in time",
+  async (kind) => {
+    const story = async (killAt: number | undefined) => {
+      const { s, kube, old, at } = scene({ is_to_handle_rebalance_event: true });
+      let awaits = 0;
+      let isOut = false;
+      let daemon: Awaited<ReturnType<Stage["start"]>> | undefined;
+      const options: DaemonOptions = {
+        level: "error",
+        onAwait: () => {
+          if (Number.isNaN(at("notice", old)) || !daemon || isOut) return;
+          if (awaits++ !== killAt) return;
+          daemon.kill();
+          s.world.after(2_000, () => void s.spawn({ level: "error" }));
+        },
+      };
+      daemon = await s.start(options);
+      if (kind === "interruption") s.world.interrupt(old);
+      else {
+        s.world.record("notice", [old]);
+        s.world.rebalance(old);
+      }
+      await s.until(() => !Number.isNaN(at("detach", old)), kind === "interruption" ? 125 : 900);
+      isOut = true;
+      const [detached, left] = [at("detach", old), kube.podsOn(old).length];
+      await s.quiet();
+      s.check([old], { web: [3, 5, 3] });
+      const isInTime = kind === "rebalance" || detached <= 115.5;
+      expect([killAt, kube.when(`cordon ${old}`) > EPOCH_MS, left, isInTime]).toEqual([killAt, true, 0, true]);
+      return awaits;
     };
-    daemon = await s.start(options);
-    s.world.interrupt(old);
-    await s.until(() => !Number.isNaN(at("detach", old)), 125);
-    const [detached, left] = [at("detach", old), kube.podsOn(old).length];
-    const cordoned = kube.when(`cordon ${old}`) > EPOCH_MS;
-    await s.quiet();
-    s.check([old], { web: [3, 5, 3] });
-    expect([killAt, cordoned, left, detached <= 115.5]).toEqual([killAt, true, 0, true]);
-    return awaits;
-  };
-  const awaits = await story(undefined);
-  const step = Math.max(1, Math.floor(awaits / 120));
-  for (let killAt = 0; killAt < awaits; killAt += step) await story(killAt);
-}, 120_000);
+    const awaits = await story(undefined);
+    for (let killAt = 0; killAt < awaits; killAt += Math.ceil(awaits / 250)) await story(killAt);
+  },
+  120_000,
+);
+
+test("two daemons that both hear of it move each pod once and lose none", async () => {
+  const { s, kube, old, at } = scene();
+  await s.start();
+  await s.start({ skewMs: 1_500 });
+  s.world.interrupt(old, { duplicates: 4 });
+  await s.quiet();
+  s.check([old], { web: [3, 5, 3] });
+  expect(kube.changes.filter((change) => change.what.startsWith("evict")).length).toBe(PODS);
+  expect(kube.changes.filter((change) => change.what.startsWith("cordon")).length).toBe(1);
+  expect(at("detach", old)).toBeLessThan(90);
+});
+
+test("a notice with a hard deadline that follows one without: the pods' time is the deadline's", async () => {
+  const { s, kube, old, at } = scene({ is_to_handle_rebalance_event: true, k8s_node_drain_grace_second: 600 });
+  for (const pod of kube.podsOn(old).slice(0, 1)) pod.isHeld = true;
+  await s.start();
+  s.world.rebalance(old);
+  await s.seconds(90);
+  s.world.interrupt(old);
+  await s.quiet();
+  s.check([old], { web: [3, 5, 3] });
+  expect(at("detach", old)).toBeLessThanOrEqual(115.5);
+});
