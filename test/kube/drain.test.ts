@@ -185,7 +185,10 @@ describe.skipIf(started === undefined)("nodes", () => {
   test("a node whose notice did not come true is given back; one that somebody else had cordoned stays cordoned", async () => {
     const [mine, theirs] = [await stage.node(), await stage.node()];
     await cluster.patch(theirs.node, { spec: { unschedulable: true, taints: [{ key: "theirs", effect: "NoExecute" }] } });
-    for (const { id } of [mine, theirs]) await stage.step("cordon", stage.work(id, { seconds: 10 }));
+    for (const { id, name } of [mine, theirs]) {
+      await stage.step("cordon", stage.work(id, { seconds: 10 })); // which the launch does not wait for
+      await until("the mark", async () => MARK in ((await nodeOf(name)).metadata.labels ?? {}));
+    }
     const look = async () => {
       stage.ctx.state.groups = new Map([["web", { options: stage.work(mine.id).options }]]);
       stage.ctx.state.nodesLookedMs = Number.NEGATIVE_INFINITY;
