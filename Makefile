@@ -44,8 +44,9 @@ LICENSE_PUBLIC_KEY ?=
 # --format=esm: with --bytecode alone Bun makes CommonJS, which knows no top-level await.
 # --sourcemap: a stack trace names lines of maxgroup.ts; the map goes into the program (1 MB), and beside it, where
 # nobody needs it.
+# --splitting: what is imported only where it is needed stays a piece of its own, which costs a start nothing.
 # --no-compile-autoload-*: a .env or bunfig.toml in the folder it is started from is none of its business.
-COMPILE = $(BUN) build --compile --minify --bytecode --format=esm --sourcemap \
+COMPILE = $(BUN) build --compile --minify --bytecode --format=esm --splitting --sourcemap \
   --no-compile-autoload-dotenv --no-compile-autoload-bunfig \
   --define 'process.env.MAXGROUP_LICENSE_PUBLIC_KEY="$(LICENSE_PUBLIC_KEY)"'
 

@@ -13,7 +13,9 @@
  * the loop, the steps, the instance manager, preaction, start-up checks, main.
  */
 import { createHash, createPublicKey, verify } from "node:crypto";
-import { closeSync, existsSync, openSync, readFileSync, writeSync } from "node:fs";
+import { closeSync, existsSync, openSync, readFileSync, statSync, writeSync } from "node:fs";
+import type { RequestOptions } from "node:https";
+import { dirname, resolve } from "node:path";
 import {
   type Activity,
   AttachInstancesCommand,
@@ -69,6 +71,9 @@ import {
   SendMessageBatchCommand,
   SQSClient,
 } from "@aws-sdk/client-sqs";
+import type { KubeConfig } from "@kubernetes/client-node";
+import { Hash } from "@smithy/core/serde";
+import { SignatureV4 } from "@smithy/signature-v4";
 import { findNodeAtLocation, type Node, type ParseError, parseTree, printParseErrorCode } from "jsonc-parser";
 import * as v from "valibot";
 import pkg from "./package.json" with { type: "json" };
@@ -178,7 +183,7 @@ const GROUP_OPTIONS = {
 const ALT = /^alt[1-9]\d*$/;
 const INSTANCE_TYPE = /^[a-z][a-z0-9-]*\.[a-z0-9-]+$/;
 /** Options that this version reads but does not act on yet: a group that asks for one is told so at start. */
-export const NOT_YET = ["consul_port", "k8s_node_drain_option"] as const;
+export const NOT_YET = ["consul_port"] as const;
 
 /** The known name that is fewest edits away, if it is near enough to be what was meant. */
 export function nearest(name: string, known: string[]): string | undefined {
@@ -453,10 +458,9 @@ export function seelogLevel(xml: string): Level | undefined {
 // Everything that reaches outside stands in one object, made in main and faked nowhere but in the simulator.
 // The SDK's own retries are off: they sleep on a clock of their own and know nothing of our deadlines.
 
+export type Credentials = Awaited<ReturnType<EC2Client["config"]["credentials"]>>;
 export type Sender<Client extends { send: unknown }> = Pick<Client, "send">;
 export type Deps = {
-  /** Where the clients point. */
-  region: string;
   ec2: Sender<EC2Client>;
   autoScaling: Sender<AutoScalingClient>;
   elb: Sender<ElasticLoadBalancingV2Client>;
@@ -465,6 +469,9 @@ export type Deps = {
   sqs: (queueUrl: string) => Sender<SQSClient>;
   /** HTTP to whatever is no AWS service. */
   fetch: (url: string, init?: BunFetchRequestInit) => Promise<Response>;
+  /** What a URL is signed with that somebody else is to send; and the region that we work in. */
+  credentials: () => Promise<Credentials>;
+  region: string;
   /** Milliseconds since 1970. */
   now: () => number;
   /** Rejects with the signal's reason when it is aborted. */
@@ -865,6 +872,8 @@ export type Ec2Instance = {
   virtualization: string;
   launchedMs: number;
   tags: Record<string, string>;
+  /** Empty once it is terminated. */
+  privateDns?: string;
   /** By device name; `ends`: goes with the instance. */
   volumes: Record<string, { id: string; ends: boolean }>;
 };
@@ -926,6 +935,7 @@ export function toInstance(i: Instance): Ec2Instance | undefined {
     virtualization: i.VirtualizationType ?? "",
     launchedMs: i.LaunchTime?.getTime() ?? 0,
     tags: tagsOf(i.Tags),
+    privateDns: i.PrivateDnsName,
     volumes: Object.fromEntries(
       (i.BlockDeviceMappings ?? []).flatMap(({ DeviceName, Ebs }) =>
         DeviceName && Ebs?.VolumeId ? [[DeviceName, { id: Ebs.VolumeId, ends: Ebs.DeleteOnTermination ?? true }]] : [],
@@ -1297,6 +1307,12 @@ export type State = {
   actedMs: Map<string, number>;
   /** Resolves once the instance manager has had its first look. */
   firstPass: Promise<unknown>;
+  /** -K: the kubeconfig file of groups that name none. */
+  kubeconfig?: string;
+  /** By kubeconfig file; empty: the cluster that we run in. */
+  clusters: Map<string, Cluster>;
+  /** When nodes were last looked at for notices that did not come true. */
+  nodesLookedMs: number;
   /** Raised maximums that may go back: since when, and since when desired stands above. */
   restoring: Map<string, { calmSinceMs?: number; aboveSinceMs?: number }>;
   /** Since when a data volume lies available, or that it has been asked after; and when they were last looked for. */
@@ -1343,6 +1359,8 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     left: new Map(),
     detachSeenMs: new Map(),
     finishedMs: new Map(),
+    clusters: new Map(),
+    nodesLookedMs: Number.NEGATIVE_INFINITY,
     restoring: new Map(),
     leftMs: new Map(),
     atRisk: new Set(),
@@ -1468,6 +1486,7 @@ const carriedSchema = v.object({
   detachSent: v.optional(v.boolean(), false),
   /** Preaction: the types that will do instead, a list for each band, the best one first. */
   better: v.optional(v.array(v.array(v.string()))),
+  drained: v.optional(v.boolean(), false),
   // Another version's options are left out, so that two versions can share the queues while one is replaced.
   options: v.pipe(
     v.record(v.string(), v.unknown()),
@@ -1587,6 +1606,7 @@ type Step = {
 
 const hasDeadline = (work: Work) => work.deadlineMs !== undefined;
 const hasVolume = (work: Work) => work.options.persistence_dev !== undefined;
+const hasPods = (work: Work) => work.options.k8s_node_drain_option;
 const hasNoDeadline = (work: Work) => work.deadlineMs === undefined;
 const isPreaction = (work: Work) => work.notice.kind === "preaction";
 
@@ -1595,15 +1615,19 @@ export const TABLE: Record<QueueName, Step[]> = {
     { name: "find group", run: findGroup },
     { name: "send detach message", when: hasDeadline, run: sendDetachMessage },
     { name: "protect volume", when: (work) => hasVolume(work) && hasDeadline(work), run: protectVolume },
+    { name: "cordon", when: (work) => hasPods(work) && hasDeadline(work), run: cordon },
     { name: "launch", run: launch },
     { name: "wait until running", run: waitUntilRunning },
     { name: "attach", run: attach },
     { name: "send detach message", when: hasNoDeadline, run: sendDetachMessage },
     { name: "protect volume", when: (work) => hasVolume(work) && hasNoDeadline(work), run: protectVolume },
     { name: "remember how it came out", when: isPreaction, run: rememberOutcome },
+    { name: "cordon", when: (work) => hasPods(work) && hasNoDeadline(work), run: cordon },
   ],
   detach_evt_sqs: [
     { name: "protect volume", when: "persistence_dev", run: protectVolume },
+    { name: "wait for the replacement's node", when: "k8s_node_drain_option", run: waitForNode },
+    { name: "drain", when: "k8s_node_drain_option", run: drain },
     { name: "wait for the replacement", run: waitForReplacement },
     { name: "detach", run: detach },
     { name: "send termination message", run: sendTerminationMessage },
@@ -1632,6 +1656,8 @@ export type Work = {
   detachSent: boolean;
   /** Preaction: the types that will do instead, the best band first; absent for a fallback that goes back to spot. */
   better: string[][] | undefined;
+  /** Its node has been drained, as far as there was time. */
+  drained: boolean;
   /** A launch call is out and unanswered: the message may not be given back, for the next one would launch again. */
   launchOut: boolean;
   /** How long each hold on the message lasts, and when the present one began. */
@@ -1813,6 +1839,7 @@ function newWork(
     oldProtected: carried?.oldProtected ?? false,
     detachSent: carried?.detachSent ?? false,
     better: carried?.better,
+    drained: carried?.drained ?? false,
     leaseSeconds: ctx.state.config.global[queue].visibility_timeout_seconds,
     leasedMs: ctx.deps.now(),
     launchOut: false,
@@ -1895,8 +1922,8 @@ async function runOnce(ctx: Ctx, work: Work): Promise<Result> {
 }
 
 function carriedBy(work: Work, dueMs?: number): Carried {
-  const { group, options, deadlineMs, oldProtected, detachSent, better, notice } = work;
-  return { group, options, deadlineMs, dueMs, oldProtected, detachSent, better, kind: notice.kind, notice: notice.id };
+  const { group, options, deadlineMs, oldProtected, detachSent, better, drained, notice } = work;
+  return { group, options, deadlineMs, dueMs, oldProtected, detachSent, better, drained, kind: notice.kind, notice: notice.id };
 }
 /** The message once more, later, with what is known by now. */
 async function sendCopy(ctx: Ctx, work: Work, afterSeconds: number): Promise<void> {
@@ -2088,11 +2115,12 @@ async function admit(ctx: Ctx, work: Work, old: Ec2Instance | undefined): Promis
 async function sendDetachMessage(ctx: Ctx, work: Work): Promise<Result> {
   if (work.detachSent) return done;
   const { detaching_delay_seconds, preaction_detach_delay_seconds } = work.options;
-  // The way out begins 30 s before the deadline at the latest.
+  // The way out begins 30 s before the deadline at the latest; pods take longer.
+  const latestMs = work.options.k8s_node_drain_option ? DRAIN_BEGINS_MS : 30_000;
   const delay =
     work.deadlineMs === undefined
       ? preaction_detach_delay_seconds
-      : Math.min(detaching_delay_seconds, (work.deadlineMs - 30_000 - cloudNow(ctx)) / 1000);
+      : Math.min(detaching_delay_seconds, (work.deadlineMs - latestMs - cloudNow(ctx)) / 1000);
   await sendFollowUp(ctx, work, "detach_evt_sqs", DETACH, Math.max(0, delay));
   work.detachSent = true;
   return done;
@@ -3016,12 +3044,27 @@ async function standIn(ctx: Ctx, group: Group, old: string, depth = 0): Promise<
   return { standing: "none" };
 }
 
-async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
+/** On the way out: short leases where there is a hard deadline, and a note for the instance manager. */
+function hurry(ctx: Ctx, work: Work): void {
   if (work.deadlineMs !== undefined && work.leaseSeconds !== LEASE_SECONDS) {
     work.leaseSeconds = LEASE_SECONDS;
     void hold(ctx, work, LEASE_SECONDS);
   }
   ctx.state.detachSeenMs.set(work.instance, ctx.deps.now());
+}
+/** A minute past its deadline and still in service: the notice did not come true, and there is no hurry any more. */
+function lapse(ctx: Ctx, work: Work): void {
+  if (work.deadlineMs !== undefined && cloudNow(ctx) > work.deadlineMs + 60_000) work.deadlineMs = undefined;
+}
+/** Without a hard deadline, and without a replacement. */
+function claimGone(ctx: Ctx, work: Work): Result {
+  const isFresh = cloudNow(ctx) - (work.notice.timeMs ?? 0) < BELIEVED_MS;
+  if (isFresh) return retry("its replacement is gone, or not to be seen yet", 30);
+  return skip("its replacement is gone: the old one stays", "warn");
+}
+
+async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
+  hurry(ctx, work);
   let known: Ec2Instance | undefined;
   for (let round = 0; ; round++) {
     const group = await ctx.cloud.group(work.group);
@@ -3037,8 +3080,7 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
     work.claim = known?.id;
     if (work.left) return done;
     const { standing } = now;
-    // A minute past its deadline and still in service: the notice did not come true, and there is no hurry any more.
-    if (work.deadlineMs !== undefined && cloudNow(ctx) > work.deadlineMs + 60_000) work.deadlineMs = undefined;
+    lapse(ctx, work);
     const what = whenToDetach({ nowMs: cloudNow(ctx), deadlineMs: work.deadlineMs, standing, refused: work.refused });
     if (what !== "wait" && group) {
       // A replacement that stood for one whom the group has substituted already is one too many as it is.
@@ -3047,9 +3089,7 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
       return done;
     }
     if (work.deadlineMs === undefined) {
-      const isFresh = cloudNow(ctx) - (work.notice.timeMs ?? 0) < BELIEVED_MS;
-      if (standing === "none" && isFresh) return retry("its replacement is gone, or not to be seen yet", 30);
-      if (standing === "none") return skip("its replacement is gone: the old one stays", "warn");
+      if (standing === "none") return claimGone(ctx, work);
       return retry(`replacement ${work.claim ?? ""} is ${standing}`, work.refused || standing === "outside" ? 60 : 15);
     }
     await tick(ctx, work.deadlineMs);
@@ -3555,6 +3595,877 @@ async function sweepVolumes(ctx: Ctx): Promise<void> {
   }
 }
 
+// ─── Kubernetes ──────────────────────────────────────────────────────────────────────────────────────────
+// Pods move before their node goes: it is cordoned on notice, and drained once the replacement's node is Ready or
+// time runs short. Budgets are respected as long as there is time, and never gone round. What has been begun stands
+// on the node itself. A cluster that is down or slow costs the pods their notice, never the group its replacement:
+// the drain ends in time for the detach.
+
+/** The key of our taint, of the label that nodes are found by, and of the annotation with the rest. */
+export const MARK = "spotmax/interruption";
+/** With a hard deadline the drain begins at the latest so long before it, and ends so long before it. */
+const DRAIN_BEGINS_MS = 60_000;
+const DRAIN_ENDS_MS = 10_000;
+/** Without one: how long a replacement's node is waited for, and how long a message is held while pods end. */
+const NODE_PATIENCE_MS = 5 * 60_000;
+const HELD_MS = 20_000;
+const POLL_MS = 1_500;
+/** What a node may be marked for without its instance going: then the notice did not come true. */
+const UNTRUE_MS = 2 * 60_000;
+const FORGOTTEN_MS = 10 * 60_000;
+const LOOK_MS = 60_000;
+
+type Ask = { method: string; path: string; body?: object; signal: AbortSignal };
+type Answer = { status: number; json: unknown; retryAfterMs: number | undefined };
+/** Who we are to a cluster: its address, and what each request carries. */
+type Access = { server: string; init: { headers: Record<string, string>; tls: object; proxy?: string } };
+/** A cluster, by its kubeconfig file (undefined: the one that we run in). */
+export type Cluster = {
+  path: string | undefined;
+  /** As last read; read anew when the file has changed or its credentials were refused. */
+  config?: { kube: KubeConfig; token: (() => Promise<string>) | undefined; changedMs: number };
+  access?: Access;
+  /** The names of nodes found so far, by instance. */
+  names: Map<string, string>;
+  /** All nodes: by instance, or, where a node's is not known, by private DNS name. */
+  listed: (key: string) => Promise<KubeNode | undefined>;
+  /** So many requests at once and no more; a crowd of evictions holds up nothing else. */
+  ask: Batcher<Ask, Answer>;
+  evict: Batcher<Ask, Answer>;
+};
+
+const optional = <T>(schema: v.GenericSchema<unknown, T>) => v.optional(v.nullable(schema));
+const strings = v.record(v.string(), v.string());
+const metadata = {
+  name: v.string(),
+  namespace: v.optional(v.string(), ""),
+  uid: v.optional(v.string(), ""),
+  resourceVersion: v.optional(v.string(), ""),
+  deletionTimestamp: optional(v.string()),
+  annotations: optional(strings),
+  ownerReferences: optional(v.array(v.object({ kind: v.string(), name: v.string(), controller: optional(v.boolean()) }))),
+};
+const taint = v.looseObject({ key: v.string(), effect: v.string() });
+const nodeSchema = v.object({
+  metadata: v.object(metadata),
+  spec: v.optional(
+    v.object({ providerID: optional(v.string()), unschedulable: optional(v.boolean()), taints: optional(v.array(taint)) }),
+    {},
+  ),
+  status: v.optional(
+    v.object({
+      conditions: optional(v.array(v.object({ type: v.string(), status: v.string() }))),
+      addresses: optional(v.array(v.object({ type: v.string(), address: v.string() }))),
+    }),
+    {},
+  ),
+});
+const podSchema = v.object({
+  metadata: v.object(metadata),
+  spec: v.optional(v.object({ terminationGracePeriodSeconds: optional(v.number()) }), {}),
+  status: v.optional(v.object({ phase: optional(v.string()) }), {}),
+});
+const listOf = <T>(item: v.GenericSchema<unknown, T>) =>
+  v.object({ items: optional(v.array(item)), metadata: v.optional(v.object({ continue: optional(v.string()) }), {}) });
+const markSchema = v.object({
+  instance: v.string(),
+  notice: v.string(),
+  /** Milliseconds since 1970, as all here; null: no hard deadline. */
+  deadlineMs: v.nullable(v.number()),
+  markedMs: v.number(),
+  /** Somebody else had cordoned the node before us, and so it stays. */
+  wasCordoned: v.boolean(),
+  /** When a drain without a hard deadline began. */
+  drainMs: v.optional(v.number()),
+});
+export type Mark = v.InferOutput<typeof markSchema>;
+export type KubeNode = {
+  name: string;
+  uid: string;
+  version: string;
+  /** From its provider ID. */
+  instance: string | undefined;
+  dnsNames: string[];
+  isReady: boolean;
+  isCordoned: boolean;
+  taints: v.InferOutput<typeof taint>[];
+  mark: Mark | undefined;
+};
+export type Pod = {
+  name: string;
+  namespace: string;
+  uid: string;
+  phase: string;
+  isEnding: boolean;
+  isMirror: boolean;
+  daemonSet: string | undefined;
+  graceSeconds: number;
+};
+
+function toNode(json: unknown): KubeNode {
+  const { metadata: meta, spec, status: state } = v.parse(nodeSchema, json);
+  const mark = v.safeParse(v.pipe(v.string(), v.parseJson(), markSchema), meta.annotations?.[MARK]);
+  return {
+    name: meta.name,
+    uid: meta.uid,
+    version: meta.resourceVersion,
+    instance: /\/(i-[0-9a-f]+)$/.exec(spec.providerID ?? "")?.[1],
+    dnsNames: (state.addresses ?? []).flatMap((a) => (a.type === "InternalDNS" ? [a.address] : [])),
+    isReady: state.conditions?.some((c) => c.type === "Ready" && c.status === "True") ?? false,
+    isCordoned: spec.unschedulable ?? false,
+    taints: spec.taints ?? [],
+    mark: mark.success ? mark.output : undefined,
+  };
+}
+function toPod(json: unknown): Pod {
+  const { metadata: meta, spec, status: state } = v.parse(podSchema, json);
+  const owner = meta.ownerReferences?.find((o) => o.controller);
+  return {
+    name: meta.name,
+    namespace: meta.namespace,
+    uid: meta.uid,
+    phase: state.phase ?? "",
+    isEnding: typeof meta.deletionTimestamp === "string",
+    isMirror: meta.annotations?.["kubernetes.io/config.mirror"] !== undefined,
+    daemonSet: owner?.kind === "DaemonSet" ? owner.name : undefined,
+    graceSeconds: spec.terminationGracePeriodSeconds ?? 30,
+  };
+}
+
+// Credentials: the library reads the file and runs plugins; EKS's own plugins are not needed, for what they do is to
+// sign one URL.
+
+type Exec = {
+  apiVersion?: string;
+  command?: string;
+  args?: string[] | null;
+  env?: { name: string; value: string }[] | null;
+  provideClusterInfo?: boolean;
+};
+
+/** What an EKS user's plugin would be asked for; undefined: another plugin. */
+export function eksUser({ command = "", args, env }: Exec): { cluster: string; region?: string; role?: string } | undefined {
+  const words = (args ?? []).flatMap((arg) =>
+    /^--[\w-]+=/.test(arg) ? [arg.replace(/=.*/s, ""), arg.replace(/^[^=]*=/, "")] : [arg],
+  );
+  const value = (...names: string[]) => words.flatMap((word, n) => (names.includes(word) ? [words[n + 1]] : [])).at(-1);
+  const program = command.replace(/^.*[\\/]/, "").replace(/\.exe$/, "");
+  const isEks = program === "aws" ? words.includes("get-token") && words.includes("eks") : words.includes("token");
+  const cluster = value("--cluster-name", "--cluster-id", "-i");
+  if (!/^aws(-iam-authenticator)?$/.test(program) || !isEks || !cluster) return undefined;
+  const variable = (name: string) => env?.find((e) => e.name === name)?.value;
+  return {
+    cluster,
+    region: value("--region") ?? variable("AWS_REGION") ?? variable("AWS_DEFAULT_REGION"),
+    role: value("--role-arn", "--role", "-r"),
+  };
+}
+
+/** A URL of STS with this query, signed for a minute, in the partition of its region. */
+async function stsUrl(
+  ctx: Ctx,
+  region: string,
+  query: Record<string, string>,
+  headers: Record<string, string>,
+  credentials: Credentials,
+): Promise<string> {
+  const hostname = `sts.${region}.amazonaws.com${region.startsWith("cn-") ? ".cn" : ""}`;
+  const signer = new SignatureV4({ service: "sts", region, credentials, sha256: Hash.bind(null, "sha256") });
+  const { query: signed = {} } = await signer.presign(
+    {
+      method: "GET",
+      protocol: "https:",
+      hostname,
+      path: "/",
+      query: { ...query, Version: "2011-06-15" },
+      headers: { host: hostname, ...headers },
+    },
+    { expiresIn: 60, signingDate: new Date(cloudNow(ctx)) },
+  );
+  return `https://${hostname}/?${new URLSearchParams(Object.entries(signed).map(([k, x]): [string, string] => [k, String(x)]))}`;
+}
+
+/** The credentials of another role, as a kubeconfig may ask for. */
+async function assume(ctx: Ctx, region: string, role: string, own: Credentials): Promise<Credentials> {
+  const url = await stsUrl(ctx, region, { Action: "AssumeRole", RoleArn: role, RoleSessionName: "max_group" }, {}, own);
+  const { AWS_ENDPOINT_URL: endpoint } = process.env; // then nothing of ours goes to AWS itself
+  const answer = await ctx.deps.fetch(endpoint ? url.replace(/^https:\/\/[^/]+\//, `${new URL(endpoint).origin}/`) : url);
+  const xml = await answer.text();
+  const field = (name: string) => new RegExp(`<${name}>([^<]+)</${name}>`).exec(xml)?.[1] ?? "";
+  if (!answer.ok) throw new Error(`assuming ${role}: ${field("Code")}: ${field("Message")}`);
+  return { accessKeyId: field("AccessKeyId"), secretAccessKey: field("SecretAccessKey"), sessionToken: field("SessionToken") };
+}
+
+/** A bearer token for an EKS cluster; good for 15 minutes. */
+export async function eksToken(ctx: Ctx, user: { cluster: string; region: string; role?: string }): Promise<string> {
+  const own = await ctx.deps.credentials();
+  const credentials = user.role ? await assume(ctx, user.region, user.role, own) : own;
+  const headers = { "x-k8s-aws-id": user.cluster };
+  const url = await stsUrl(ctx, user.region, { Action: "GetCallerIdentity" }, headers, credentials);
+  return `k8s-aws-v1.${Buffer.from(url).toString("base64url")}`;
+}
+
+const inCluster = () =>
+  process.env.KUBERNETES_SERVICE_HOST !== undefined && existsSync("/var/run/secrets/kubernetes.io/serviceaccount/token");
+
+/** Rejects when the signal is aborted: a plugin that hangs knows no signal, and may keep no place from others. */
+const aborted = (signal: AbortSignal) =>
+  new Promise<never>((_, reject) => signal.addEventListener("abort", () => reject(signal.reason), { once: true }));
+
+/** The cluster of a group: its own kubeconfig, else -K, else the one that we run in; undefined where there is none of these. */
+function clusterOf(ctx: Ctx, options: GroupOptions): Cluster | undefined {
+  const path = options.k8s_config_file_path ?? ctx.state.kubeconfig;
+  if (path === undefined && !inCluster()) return undefined;
+  const known = ctx.state.clusters.get(path ?? "");
+  if (known) return known;
+  const bounded = () =>
+    batcher<Ask, Answer>(ctx.deps, { limit: 1, parallel: 32, eager: true }, ([ask]) =>
+      Promise.all(ask ? [Promise.race([send(ctx, cluster, ask), aborted(ask.signal)])] : []),
+    );
+  const cluster: Cluster = {
+    path,
+    names: new Map(),
+    listed: reader(ctx, { limit: 10_000, parallel: 1 }, () => listNodes(ctx, cluster)),
+    ask: bounded(),
+    evict: bounded(),
+  };
+  ctx.state.clusters.set(path ?? "", cluster);
+  return cluster;
+}
+
+/** Reads a kubeconfig; the library is loaded only here, for it would cost every start its time. Throws what is wrong with it. */
+async function readKubeconfig(
+  ctx: Ctx,
+  path: string | undefined,
+): Promise<Pick<NonNullable<Cluster["config"]>, "kube" | "token">> {
+  const { KubeConfig } = await import("@kubernetes/client-node");
+  const kube = new KubeConfig();
+  if (path === undefined) kube.loadFromCluster();
+  else kube.loadFromFile(path);
+  const [cluster, user] = [kube.getCurrentCluster(), kube.getCurrentUser()];
+  if (!cluster || !user) throw new Error(`${path}: its current-context names no cluster and user that are there`);
+  if (path === undefined) return { kube, token: undefined };
+  const change = (fields: Partial<typeof user>) => {
+    kube.users = kube.users.map((u) => (u.name === user.name ? { ...u, ...fields } : u));
+  };
+  const raw = v.parse(usersSchema, Bun.YAML.parse(readFileSync(path, "utf8")));
+  const tokenFile = raw.users.find((u) => u.name === user.name)?.user?.tokenFile;
+  // The library knows this field by another name only, and reads the file once.
+  if (tokenFile)
+    change({ token: undefined, authProvider: { name: "tokenFile", config: { tokenFile: resolve(dirname(path), tokenFile) } } });
+  const exec: Exec | undefined = user.exec ?? undefined;
+  const eks = exec && eksUser(exec);
+  if (eks) {
+    change({ exec: undefined });
+    const region = eks.region ?? /\.([a-z0-9-]+)\.eks\.amazonaws\./.exec(cluster.server)?.[1] ?? ctx.deps.region;
+    return { kube, token: () => eksToken(ctx, { ...eks, region }) };
+  }
+  if (exec) {
+    const { server, caData, tlsServerName } = cluster;
+    const told = { server, "certificate-authority-data": caData, "tls-server-name": tlsServerName };
+    const spec = { interactive: false, ...(exec.provideClusterInfo && { cluster: told }) };
+    const value = JSON.stringify({ apiVersion: exec.apiVersion, kind: "ExecCredential", spec });
+    // As kubectl does: relative to the file, and with what the plugin is to know.
+    const command = exec.command?.includes("/") ? resolve(dirname(path), exec.command) : exec.command;
+    change({ exec: { ...exec, command, env: [...(exec.env ?? []), { name: "KUBERNETES_EXEC_INFO", value }] } });
+  }
+  return { kube, token: undefined };
+}
+const usersSchema = v.object({
+  users: v.array(v.object({ name: v.string(), user: v.optional(v.nullable(v.object({ tokenFile: v.optional(v.string()) }))) })),
+});
+
+const EKS_TOKEN_MS = 14 * 60_000;
+
+/** How to reach a cluster and as whom, asked once a minute. */
+async function accessTo(ctx: Ctx, cluster: Cluster): Promise<Access> {
+  const { path } = cluster;
+  return cached(ctx, `access to ${path}`, async () => {
+    const changedMs = path === undefined ? 0 : statSync(path).mtimeMs;
+    if (cluster.config?.changedMs !== changedMs) {
+      const { kube, token } = await readKubeconfig(ctx, path);
+      let made: { atMs: number; value: Promise<string> } | undefined;
+      const fresh = () => {
+        if (!made || ctx.deps.now() - made.atMs > EKS_TOKEN_MS)
+          made = { atMs: ctx.deps.now(), value: token?.() ?? Promise.resolve("") };
+        made.value.catch(() => {
+          made = undefined; // whoever asked hears of it; the next one asks anew
+        });
+        return made.value;
+      };
+      cluster.config = { kube, token: token && fresh, changedMs };
+    }
+    const { kube, token } = cluster.config;
+    const options: RequestOptions = { headers: {} };
+    await kube.applyToHTTPSOptions(options);
+    const { ca, cert, key, servername, rejectUnauthorized, auth } = options;
+    const headers: Record<string, string> = {
+      "user-agent": `max_group/${pkg.version}`,
+      ...(options.headers as Record<string, string>),
+    };
+    if (auth) headers.Authorization = `Basic ${Buffer.from(auth).toString("base64")}`;
+    if (token) headers.Authorization = `Bearer ${await token()}`;
+    const { server = "", proxyUrl: proxy } = kube.getCurrentCluster() ?? {};
+    const given = Object.entries({ ca, cert, key, serverName: servername, rejectUnauthorized }).filter(
+      ([, x]) => x !== undefined,
+    );
+    cluster.access = { server, init: { headers, tls: Object.fromEntries(given), ...(proxy && { proxy }) } };
+    return cluster.access;
+  });
+}
+
+/** One request; credentials that are refused are got anew, once. */
+async function send(ctx: Ctx, cluster: Cluster, { method, path, body, signal }: Ask, isSecond = false): Promise<Answer> {
+  signal.throwIfAborted();
+  const access = await accessTo(ctx, cluster);
+  const { server, init } = access;
+  const type = method === "PATCH" ? "application/merge-patch+json" : "application/json";
+  const answer = await ctx.deps.fetch(`${server}${path}`, {
+    ...init,
+    method,
+    headers: { ...init.headers, accept: "application/json", ...(body && { "content-type": type }) },
+    body: body && JSON.stringify(body),
+    signal,
+  });
+  const text = await answer.text();
+  if (answer.status === 401 && !isSecond) {
+    // Of many that are refused at once the first one clears the way for all.
+    if (cluster.access === access) {
+      ctx.state.cache.delete(`access to ${cluster.path}`);
+      cluster.config = undefined;
+    }
+    return send(ctx, cluster, { method, path, body, signal }, true);
+  }
+  let json: unknown = { message: text };
+  if (text.startsWith("{")) json = JSON.parse(text);
+  const after = Number(answer.headers.get("retry-after") ?? Number.NaN);
+  return { status: answer.status, json, retryAfterMs: Number.isNaN(after) ? undefined : after * 1000 };
+}
+
+const refusal = v.fallback(v.object({ message: v.optional(v.string(), ""), reason: v.optional(v.string(), "") }), {
+  message: "",
+  reason: "",
+});
+function kubeError({ status: code, json }: Answer): Error {
+  const { message, reason } = v.parse(refusal, json);
+  const name = code === 429 ? "TooManyRequestsException" : reason || `HTTP ${code}`;
+  return Object.assign(new Error(message || `HTTP ${code}`), { name, $metadata: { httpStatusCode: code } });
+}
+
+/** One call to a cluster with a time limit of its own; throws for what is no success and not among `also`. */
+async function kube(
+  ctx: Ctx,
+  cluster: Cluster,
+  doing: string,
+  ask: Omit<Ask, "signal">,
+  { also = [], tries = 2, timeoutMs = 5_000 }: { also?: number[]; tries?: number; timeoutMs?: number } = {},
+): Promise<Answer> {
+  const once = async ({ abortSignal: signal }: { abortSignal: AbortSignal }) => {
+    const answer = await cluster.ask({ ...ask, signal });
+    if (answer.status >= 300 && !also.includes(answer.status)) throw kubeError(answer);
+    return answer;
+  };
+  return aws(ctx, doing, once, { tries, timeoutMs });
+}
+
+/** All pages of a list. */
+async function kubeList<T>(ctx: Ctx, cluster: Cluster, doing: string, path: string, read: (json: unknown) => T): Promise<T[]> {
+  const found: T[] = [];
+  let next: string | null | undefined;
+  do {
+    const page = `${path}${path.includes("?") ? "&" : "?"}limit=500${next ? `&continue=${encodeURIComponent(next)}` : ""}`;
+    const { json } = await kube(ctx, cluster, doing, { method: "GET", path: page });
+    const { items, metadata: meta } = v.parse(listOf(v.unknown()), json);
+    found.push(...(items ?? []).map(read));
+    next = meta.continue;
+  } while (next);
+  return found;
+}
+
+// Nodes.
+
+async function listNodes(ctx: Ctx, cluster: Cluster): Promise<Map<string, KubeNode>> {
+  const nodes = await kubeList(ctx, cluster, "listing nodes", "/api/v1/nodes", toNode);
+  return new Map(nodes.flatMap((node) => (node.instance ? [node.instance] : node.dnsNames).map((key) => [key, node] as const)));
+}
+
+/**
+ * An instance's node: by its provider ID, else by the private DNS name, if that node has no provider ID: addresses
+ * are given out again. Names are tried first, for a list of all nodes is long; `isThorough` asks for that, too.
+ */
+async function nodeOf(ctx: Ctx, cluster: Cluster, instance: string, isThorough: boolean): Promise<KubeNode | undefined> {
+  const known = cluster.names.get(instance);
+  const seen = known ? undefined : ctx.state.claims.get(instance);
+  const dns = known ? "" : seen?.privateDns || (await ctx.cloud.instance(instance))?.privateDns || "";
+  const name = known ?? dns;
+  if (name) {
+    const path = `/api/v1/nodes/${name}`;
+    const { status: code, json } = await kube(ctx, cluster, `reading node ${name}`, { method: "GET", path }, { also: [404] });
+    const node = code === 404 ? undefined : toNode(json);
+    if (node && (node.instance ?? instance) === instance) {
+      cluster.names.set(instance, name);
+      return node;
+    }
+    cluster.names.delete(instance);
+  }
+  const [byId, byName] = isThorough ? await Promise.all([cluster.listed(instance), cluster.listed(dns)]) : [];
+  const node = byId ?? byName;
+  if (node) cluster.names.set(instance, node.name);
+  return node;
+}
+
+/** The nearest legal label value: at most 63 of letters, digits, -, _ and ., the first and last a letter or digit. */
+export function labelValue(text: string): string {
+  return text
+    .replace(/[^A-Za-z0-9_.-]/g, "-")
+    .replace(/^[^A-Za-z0-9]+/, "")
+    .slice(0, 63)
+    .replace(/[^A-Za-z0-9]+$/, "");
+}
+
+/** The merge patch that cordons a node for a notice; undefined where it is cordoned for that already. */
+export function cordonPatch(node: KubeNode, wanted: Omit<Mark, "wasCordoned" | "drainMs">): object | undefined {
+  const ours = node.taints.some((t) => t.key === MARK) ? node.mark : undefined;
+  // Of several notices the one with a hard deadline tells when the node goes.
+  const isCovered = ours && (wanted.deadlineMs === null || ours.deadlineMs === wanted.deadlineMs);
+  if (isCovered && node.isCordoned) return undefined;
+  const mark: Mark = { ...(isCovered ? ours : wanted), wasCordoned: ours?.wasCordoned ?? node.isCordoned };
+  const value = labelValue(mark.notice);
+  return {
+    metadata: { resourceVersion: node.version, labels: { [MARK]: value }, annotations: { [MARK]: JSON.stringify(mark) } },
+    // A merge patch replaces the whole list: the version guards what others put there meanwhile.
+    spec: {
+      unschedulable: true,
+      taints: [...node.taints.filter((t) => t.key !== MARK), { key: MARK, value, effect: "NoSchedule" }],
+    },
+  };
+}
+/** The merge patch that takes off what we put on a node, and uncordons it where that was ours. */
+export function uncordonPatch(node: KubeNode): object {
+  const isOurs = node.taints.some((t) => t.key === MARK) && node.mark?.wasCordoned === false;
+  const taints = node.taints.filter((t) => t.key !== MARK);
+  return {
+    metadata: { resourceVersion: node.version, labels: { [MARK]: null }, annotations: { [MARK]: null } },
+    spec: { ...(isOurs && { unschedulable: null }), taints: taints.length ? taints : null },
+  };
+}
+
+/** Whether a notice did not come true: its instance serves on, long after, and nothing of it is in hand. */
+export function isUntrue(x: {
+  nowMs: number;
+  mark: Pick<Mark, "deadlineMs" | "markedMs">;
+  lifecycleState: string | undefined;
+  isInHand: boolean;
+  hasOpenClaim: boolean;
+}): boolean {
+  if (x.lifecycleState !== "InService" || x.isInHand || x.hasOpenClaim) return false;
+  const { deadlineMs, markedMs } = x.mark;
+  return x.nowMs > (deadlineMs === null ? markedMs + FORGOTTEN_MS : deadlineMs + UNTRUE_MS);
+}
+
+/** Patches a node as it is at the moment; `plan` may find nothing to do. Answers the node as it was before. */
+async function patchNode(
+  ctx: Ctx,
+  cluster: Cluster,
+  doing: string,
+  instance: string,
+  plan: (node: KubeNode) => object | undefined,
+): Promise<{ node: KubeNode; isChanged: boolean } | undefined> {
+  for (let tries = 1; ; tries++) {
+    const node = await nodeOf(ctx, cluster, instance, true);
+    if (!node) return undefined;
+    const body = plan(node);
+    if (!body) return { node, isChanged: false };
+    const path = `/api/v1/nodes/${node.name}`;
+    const { status: code, json } = await kube(ctx, cluster, doing, { method: "PATCH", path, body }, { also: [409] });
+    if (code !== 409) return { node: toNode(json), isChanged: true };
+    if (tries === 5) throw new Error(`${doing}: it changes all the time`); // somebody else's patches come first
+  }
+}
+
+/** An event on a node, for `kubectl describe node`; a repetition is refused by its name. */
+async function tell(ctx: Ctx, cluster: Cluster, node: KubeNode, notice: string, reason: string, message: string): Promise<void> {
+  const digest = createHash("sha256").update(`${node.uid} ${notice} ${reason}`).digest("hex").slice(0, 16);
+  const time = new Date(ctx.deps.now()).toISOString().replace(/\.\d+Z$/, "Z");
+  const body = {
+    metadata: { name: `${node.name}.${digest}`, namespace: "default" },
+    involvedObject: { apiVersion: "v1", kind: "Node", name: node.name, uid: node.uid },
+    ...{ type: "Warning", reason, message, count: 1, firstTimestamp: time, lastTimestamp: time },
+    ...{ source: { component: "max_group" }, reportingComponent: "max_group", reportingInstance: "max_group" },
+  };
+  try {
+    const path = "/api/v1/namespaces/default/events";
+    await kube(ctx, cluster, `an event on ${node.name}`, { method: "POST", path, body }, { also: [409] });
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    ctx.deps.log.debug(errorText(error)); // it only informs
+  }
+}
+
+/** Cordons the node of a notice's instance; undefined where it has none. */
+async function cordonNode(ctx: Ctx, cluster: Cluster, work: Work): Promise<KubeNode | undefined> {
+  const { instance, notice } = work;
+  const deadlineMs = work.deadlineMs ?? null;
+  const wanted = { instance, notice: notice.id, deadlineMs, markedMs: cloudNow(ctx) };
+  const found = await patchNode(ctx, cluster, `cordoning the node of ${instance}`, instance, (node) => cordonPatch(node, wanted));
+  if (found?.isChanged) {
+    const { node } = found;
+    work.log.info(`cordoned ${node.name}`, { node: node.name });
+    const until = deadlineMs === null ? "and is replaced" : `and goes at ${new Date(deadlineMs).toISOString()}`;
+    const what = `${notice.kind} notice ${notice.id}: ${instance} is cordoned ${until}`;
+    void tell(ctx, cluster, node, notice.id, "SpotInterruption", what).catch(() => undefined); // only ever Stopped
+  }
+  return found?.node;
+}
+
+async function cordon(ctx: Ctx, work: Work): Promise<Result> {
+  const cluster = clusterOf(ctx, work.options);
+  if (!cluster) return done;
+  const attempt = cordonNode(ctx, cluster, work).then(
+    (node) => {
+      if (!node) work.log.debug(`${work.instance} has no node in the cluster`);
+    },
+    (error: unknown) => {
+      if (!(error instanceof Stopped))
+        work.log.warn(`${errorText(error)}; it is tried again before the drain`, { error: errorName(error) });
+    },
+  );
+  // The launch waits for no cluster.
+  if (work.deadlineMs === undefined) await attempt;
+  return done;
+}
+
+/** When nobody waits any longer for the replacement's node, and for the cluster itself, ms since 1970. */
+const patienceEndsMs = (ctx: Ctx, work: Work) =>
+  (work.notice.timeMs ?? cloudNow(ctx)) + work.options.preaction_detach_delay_seconds * 1000 + NODE_PATIENCE_MS;
+
+/**
+ * Until the pods have somewhere to go, or time runs short. What the target groups think of the new one does not matter
+ * here: they may be waiting for the pods.
+ */
+async function waitForNode(ctx: Ctx, work: Work): Promise<Result> {
+  const cluster = clusterOf(ctx, work.options);
+  if (!cluster || work.drained) return done;
+  hurry(ctx, work);
+  let now: Awaited<ReturnType<typeof standIn>> = { standing: "none" };
+  for (let round = 0; ; round++) {
+    const group = await ctx.cloud.group(work.group);
+    work.left = !isStaying(group?.members.get(work.instance));
+    if (!group || work.left) return done;
+    if (round % 5 === 0) now = await standIn(ctx, group, work.instance);
+    const { claim, standing } = now;
+    lapse(ctx, work);
+    const { deadlineMs } = work;
+    if (deadlineMs !== undefined && cloudNow(ctx) >= deadlineMs - DRAIN_BEGINS_MS) return done;
+    if (deadlineMs === undefined && standing === "none") return claimGone(ctx, work);
+    // Where it is the group's own substitute nobody knows which node to wait for.
+    const isIn = claim ? group.members.get(claim.id)?.lifecycleState === "InService" : standing === "healthy";
+    if (round === 0 && (await isNodeless(ctx, cluster, work))) return done;
+    if (isIn && (!claim || (await isNodeReady(ctx, cluster, work, claim.id, round)))) return done;
+    if (deadlineMs !== undefined) await tick(ctx, 1_000);
+    else if (!isIn) return retry(`replacement ${claim?.id ?? ""} is ${standing}`, standing === "outside" ? 60 : 15);
+    else if (cloudNow(ctx) < patienceEndsMs(ctx, work)) return retry(`the node of ${claim?.id} is not Ready`, 15);
+    else {
+      work.log.warn(`the node of ${claim?.id} is still not Ready: the pods are moved all the same`);
+      return done;
+    }
+  }
+}
+/** Nothing is to be drained; a cluster that does not answer says no such thing. */
+async function isNodeless(ctx: Ctx, cluster: Cluster, work: Work): Promise<boolean> {
+  try {
+    return (await nodeOf(ctx, cluster, work.instance, true)) === undefined;
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    work.log.debug(errorText(error));
+    return false;
+  }
+}
+async function isNodeReady(ctx: Ctx, cluster: Cluster, work: Work, id: string, round: number): Promise<boolean> {
+  try {
+    // A list of all nodes only now and then.
+    const node = await nodeOf(ctx, cluster, id, round % 10 === 0);
+    return node?.isReady === true && !node.isCordoned;
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    work.log.debug(errorText(error));
+    return false;
+  }
+}
+
+/** What a drain does with a pod: as `kubectl drain --ignore-daemonsets --delete-emptydir-data --force` would. */
+export function judgePod(pod: Pod, isDaemonSetThere: boolean): "leave" | "evict" | "wait" {
+  if (pod.isMirror) return "leave";
+  const isFinished = pod.phase === "Succeeded" || pod.phase === "Failed";
+  if (pod.daemonSet !== undefined && isDaemonSetThere && !isFinished) return "leave";
+  return pod.isEnding ? "wait" : "evict";
+}
+
+/** A grace period that ends before the instance does, in seconds; undefined: the pod's own is short enough. */
+export function shortenedGrace(graceSeconds: number, nowMs: number, deadlineMs: number | undefined): number | undefined {
+  if (deadlineMs === undefined) return undefined;
+  const left = Math.max(1, Math.floor((deadlineMs - 5_000 - nowMs) / 1000));
+  return graceSeconds > left ? left : undefined;
+}
+
+/** Why a pod is still there, and when it is asked to go again. */
+type Held = { reason: string; againMs: number };
+
+async function evictPod(ctx: Ctx, cluster: Cluster, work: Work, pod: Pod): Promise<Held | undefined> {
+  const { name, namespace, uid } = pod;
+  const gracePeriodSeconds = shortenedGrace(pod.graceSeconds, cloudNow(ctx), work.deadlineMs);
+  const body = {
+    ...{ apiVersion: "policy/v1", kind: "Eviction", metadata: { name, namespace } },
+    // Only this very pod: its namesake on another node is none of ours.
+    deleteOptions: { preconditions: { uid }, ...(gracePeriodSeconds !== undefined && { gracePeriodSeconds }) },
+  };
+  const path = `/api/v1/namespaces/${namespace}/pods/${name}/eviction`;
+  const held = (reason: string, ms: number): Held => ({ reason, againMs: ctx.deps.now() + ms });
+  try {
+    const answer = await aws(
+      ctx,
+      `evicting ${namespace}/${name}`,
+      (o) => cluster.evict({ method: "POST", path, body, signal: o.abortSignal }),
+      {
+        tries: 1,
+        timeoutMs: 10_000,
+      },
+    );
+    if (answer.status < 300) work.log.debug(`evicted ${namespace}/${name}`);
+    if (answer.status < 300 || answer.status === 404 || answer.status === 409) return undefined;
+    const { message } = kubeError(answer);
+    if (answer.status === 429) return held(message, answer.retryAfterMs ?? (work.deadlineMs === undefined ? 5_000 : 2_000));
+    return held(message, 10_000);
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    return held(errorText(error), 2_000);
+  }
+}
+
+/** One look at a node's pods, and an eviction for each that may be asked for now; `see` hears which are still to go. */
+async function evictAll(
+  ctx: Ctx,
+  cluster: Cluster,
+  work: Work,
+  node: string,
+  held: Map<string, Held>,
+  see: (pods: Pod[]) => void,
+): Promise<void> {
+  const list = `/api/v1/pods?fieldSelector=${encodeURIComponent(`spec.nodeName=${node}`)}`;
+  const pods = await kubeList(ctx, cluster, `listing the pods of ${node}`, list, toPod);
+  const isThere = await Promise.all(pods.map((pod) => isDaemonSetThere(ctx, cluster, pod)));
+  const moving = pods.filter((pod, n) => judgePod(pod, isThere[n] ?? true) !== "leave");
+  see(moving);
+  await Promise.all(
+    moving.map(async (pod) => {
+      if (pod.isEnding || (held.get(pod.uid)?.againMs ?? 0) > ctx.deps.now()) return;
+      const refused = await evictPod(ctx, cluster, work, pod);
+      if (refused) held.set(pod.uid, refused);
+      else held.delete(pod.uid);
+    }),
+  );
+}
+
+/** A DaemonSet that is gone makes no more pods: those that it left behind may go. */
+async function isDaemonSetThere(ctx: Ctx, cluster: Cluster, { namespace, daemonSet }: Pod): Promise<boolean> {
+  if (daemonSet === undefined) return false;
+  const path = `/apis/apps/v1/namespaces/${namespace}/daemonsets/${daemonSet}`;
+  try {
+    return await cached(ctx, `${cluster.path} ${path}`, async () => {
+      const answer = await kube(
+        ctx,
+        cluster,
+        `reading DaemonSet ${namespace}/${daemonSet}`,
+        { method: "GET", path },
+        { also: [404] },
+      );
+      return answer.status !== 404;
+    });
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    ctx.deps.log.debug(errorText(error));
+    return true; // where nobody knows, its pods are left alone
+  }
+}
+
+/** One drain under way. */
+type Drain = {
+  cluster: Cluster;
+  /** When it is over, ms since 1970. */
+  overMs: number;
+  node: KubeNode | undefined;
+  /** The pods that were still to go at the last look. */
+  left: Pod[] | undefined;
+  /** By UID: those that were refused. */
+  held: Map<string, Held>;
+  fault: string;
+};
+
+/** Evicts a node's pods side by side, and waits until they are gone or time is up. */
+async function drain(ctx: Ctx, work: Work): Promise<Result> {
+  const cluster = clusterOf(ctx, work.options);
+  if (!cluster || work.left || work.drained) return done;
+  const beganMs = cloudNow(ctx);
+  const { deadlineMs, options } = work;
+  const d: Drain = { cluster, overMs: 0, node: undefined, left: undefined, held: new Map(), fault: "" };
+  // Without a hard deadline the time counts from what stands on the node; while that cannot be read, from the message.
+  d.overMs =
+    deadlineMs === undefined
+      ? patienceEndsMs(ctx, work) + options.k8s_node_drain_grace_second * 1000
+      : deadlineMs - DRAIN_ENDS_MS;
+  const leftMs = () => (deadlineMs === undefined ? Math.min(d.overMs, beganMs + HELD_MS) : d.overMs) - cloudNow(ctx);
+  do {
+    await drainRound(ctx, work, d, Math.max(leftMs(), deadlineMs === undefined ? 5_000 : 1));
+    if (d.left?.length === 0) break;
+    if (leftMs() > 0) await pause(ctx, Math.min(POLL_MS, leftMs()));
+  } while (leftMs() > 0);
+  const name = d.node?.name ?? `the node of ${work.instance}`;
+  if (d.left?.length !== 0 && cloudNow(ctx) < d.overMs) return retry(`${d.left?.length ?? "all"} pods are still on ${name}`, 5);
+  work.drained = true;
+  if (d.left?.length) {
+    const pods = d.left.map((pod) => `${pod.namespace}/${pod.name} (${d.held.get(pod.uid)?.reason ?? "still ending"})`);
+    work.log.warn(`time is up, and these pods go down with ${name}: ${pods.join(", ")}`, {
+      node: d.node?.name,
+      pods: pods.length,
+    });
+  } else if (!d.left) work.log.warn(`${name} could not be drained: ${d.fault}; its pods go down with it`);
+  else if (d.node) work.log.info(`drained ${name}`, { node: name, seconds: Math.round((cloudNow(ctx) - beganMs) / 1000) });
+  return done;
+}
+
+async function drainRound(ctx: Ctx, work: Work, d: Drain, timeoutMs: number): Promise<void> {
+  const isFirst = d.left === undefined;
+  const round = async () => {
+    d.node ??= await cordonNode(ctx, d.cluster, work);
+    if (!d.node) d.left = [];
+    if (!d.node) return;
+    if (work.deadlineMs === undefined)
+      d.overMs = (await drainBegan(ctx, d.cluster, work, d.node)) + work.options.k8s_node_drain_grace_second * 1000;
+    return evictAll(ctx, d.cluster, work, d.node.name, d.held, (pods) => {
+      d.left = pods;
+      if (isFirst && pods.length) work.log.info(`draining ${d.node?.name}`, { node: d.node?.name, pods: pods.length });
+    });
+  };
+  try {
+    // The limit holds for the round as a whole, whatever its calls do.
+    await aws(ctx, `draining the node of ${work.instance}`, round, { tries: 1, timeoutMs });
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    if (d.fault === "" && !d.left)
+      work.log.warn(`${errorText(error)}; trying on while there is time`, { error: errorName(error) });
+    d.fault = errorText(error);
+  }
+}
+
+/** When this drain began, as written on the node, where it is written if need be: that survives us. */
+async function drainBegan(ctx: Ctx, cluster: Cluster, work: Work, node: KubeNode): Promise<number> {
+  if (node.mark?.drainMs !== undefined) return node.mark.drainMs;
+  const drainMs = cloudNow(ctx);
+  const begun = ({ mark, version }: KubeNode) =>
+    mark && mark.drainMs === undefined
+      ? { metadata: { resourceVersion: version, annotations: { [MARK]: JSON.stringify({ ...mark, drainMs }) } } }
+      : undefined;
+  const found = await patchNode(ctx, cluster, `marking ${node.name}`, work.instance, begun);
+  node.mark = found?.node.mark ?? node.mark;
+  return node.mark?.drainMs ?? drainMs;
+}
+
+// Notices that did not come true.
+
+/** The clusters in use, each with one of its groups' options. */
+function clustersInUse(ctx: Ctx): Set<Cluster> {
+  const groups = [...ctx.state.groups.values()].filter((g) => g.options.k8s_node_drain_option);
+  return new Set(groups.flatMap((g) => clusterOf(ctx, g.options) ?? []));
+}
+
+/** Gives back the nodes whose notice did not come true. Only our own taint entitles us to. */
+export async function releaseNodes(ctx: Ctx): Promise<void> {
+  const { state } = ctx;
+  if (ctx.deps.now() - state.nodesLookedMs < LOOK_MS) return;
+  state.nodesLookedMs = ctx.deps.now();
+  const look = async (cluster: Cluster) => {
+    const path = `/api/v1/nodes?labelSelector=${encodeURIComponent(MARK)}`;
+    const nodes = await kubeList(ctx, cluster, "looking for nodes of notices that did not come true", path, toNode);
+    await Promise.all(nodes.map((node) => releaseNode(ctx, cluster, node)));
+  };
+  for (const cluster of clustersInUse(ctx))
+    await look(cluster).catch((error: unknown) => {
+      if (!(error instanceof Stopped)) ctx.deps.log.debug(errorText(error)); // the next look is a minute away
+    });
+}
+
+async function releaseNode(ctx: Ctx, cluster: Cluster, node: KubeNode): Promise<void> {
+  const { mark } = node;
+  if (!mark) return;
+  const { instance } = mark;
+  const isDue = (lifecycleState: string | undefined) =>
+    isUntrue({
+      nowMs: cloudNow(ctx),
+      mark,
+      lifecycleState,
+      isInHand: [...ctx.state.inHand.values()].some((w) => w.instance === instance),
+      hasOpenClaim: [...ctx.state.claims.values()].some((c) => replacedBy(c) === instance && isLiving(c) && !isSettled(c)),
+    });
+  if (!isDue("InService") || !isDue((await ctx.cloud.member(instance))?.lifecycleState)) return;
+  // As it was listed: whoever has marked it anew since is not undone.
+  const ask = { method: "PATCH", path: `/api/v1/nodes/${node.name}`, body: uncordonPatch(node) };
+  const { status: code } = await kube(ctx, cluster, `uncordoning ${node.name}`, ask, { also: [404, 409] });
+  if (code >= 300) return;
+  ctx.deps.log.info(`uncordoned ${node.name}: the notice for ${instance} did not come true`, {
+    instance,
+    notice: mark.notice,
+    node: node.name,
+  });
+  await tell(ctx, cluster, node, mark.notice, "SpotInterruptionOver", `${instance} stays: ${node.name} is given back`);
+}
+
+// At start.
+
+/** What conf/k8s-rbac.yml allows, in SelfSubjectAccessReview's words. */
+const RIGHTS: { verb: string; group?: string; resource: string; subresource?: string; namespace?: string }[] = [
+  { verb: "get", resource: "nodes" },
+  { verb: "list", resource: "nodes" },
+  { verb: "patch", resource: "nodes" },
+  { verb: "list", resource: "pods" },
+  { verb: "create", resource: "pods", subresource: "eviction" },
+  { verb: "get", group: "apps", resource: "daemonsets" },
+  { verb: "create", resource: "events", namespace: "default" },
+];
+const reviewSchema = v.object({ status: v.object({ allowed: v.boolean() }) });
+
+async function missingRights(ctx: Ctx, cluster: Cluster): Promise<string[]> {
+  const path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
+  const answers = RIGHTS.map(async (resourceAttributes) => {
+    const body = { apiVersion: "authorization.k8s.io/v1", kind: "SelfSubjectAccessReview", spec: { resourceAttributes } };
+    const { json } = await kube(ctx, cluster, "asking for our rights", { method: "POST", path, body });
+    const { verb, resource, subresource } = resourceAttributes;
+    return v.parse(reviewSchema, json).status.allowed ? [] : [`${verb} ${resource}${subresource ? `/${subresource}` : ""}`];
+  });
+  return (await Promise.all(answers)).flat();
+}
+
+/** Says what would stand in the way of a group's drains; only ever warns. */
+async function checkCluster(ctx: Ctx, name: string, options: GroupOptions, log: Log): Promise<void> {
+  const cluster = clusterOf(ctx, options);
+  if (!cluster)
+    return log.warn(
+      `k8s_node_drain_option is on, and no cluster is known: set k8s_config_file_path, pass -K FILE, or run max_group in a pod of the cluster; until then no pod of ${name} is moved`,
+    );
+  try {
+    const missing = await cached(ctx, `rights at ${cluster.path}`, () => missingRights(ctx, cluster));
+    if (missing.length)
+      log.warn(
+        `the cluster of ${name} does not allow: ${missing.join(", ")}; bind max_group's user to the roles of conf/k8s-rbac.yml`,
+      );
+    else log.debug(`pods of ${name} are moved by way of ${cluster.access?.server}`);
+  } catch (error) {
+    const why = errorName(error) === "Unauthorized" ? "it does not know max_group's user (401)" : errorText(error);
+    log.warn(
+      `the cluster of ${name} cannot be used: ${why}; check ${cluster.path ?? "the pod's service account"}; until then no pod is moved`,
+    );
+  }
+}
+
 // ─── Instance manager ────────────────────────────────────────────────────────────────────────────────────
 // One loop over everything that carries our tag: it settles claims whose message was lost, ends the surplus and
 // the losers, puts maximums back and sweeps leaks. It reads before it acts, twice where an act cannot be undone,
@@ -3612,6 +4523,7 @@ export async function managerPass(ctx: Ctx): Promise<boolean> {
     raised = (await restoreMaximum(ctx, g, open)) || raised;
   }
   await sweepVolumes(ctx);
+  void releaseNodes(ctx).catch((error: unknown) => ctx.deps.log.debug(errorText(error))); // a slow cluster holds up nothing here
   forget(ctx, open);
   return open.length > 0 || raised;
 }
@@ -3624,6 +4536,7 @@ function forget(ctx: Ctx, open: Ec2Instance[]): void {
     for (const [key, atMs] of map) if (ctx.deps.now() - atMs > 3_600_000) map.delete(key);
   for (const id of ctx.state.joined) if (!ctx.state.claims.has(id)) ctx.state.joined.delete(id);
   if (ctx.state.left.size > 10_000) ctx.state.left.clear(); // a memory to save calls, no more
+  for (const { names } of ctx.state.clusters.values()) if (names.size > 10_000) names.clear(); // likewise
   for (const [key, untilMs] of ctx.state.failedPools) if (untilMs < ctx.deps.now()) ctx.state.failedPools.delete(key);
 }
 
@@ -3839,7 +4752,6 @@ async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Prom
 // only, and what was sought in vain is remembered in tags, so that a steady market sees no churn.
 
 const SPOT_ADVISOR_URL = "https://spot-bid-advisor.s3.amazonaws.com/spot-advisor-data.json";
-const LOOK_MS = 60_000;
 const GROWN_MS = 3_600_000;
 /** For so long a message may be on its way; then its instance may be asked for again. */
 const ASKED_MS = 5 * 60_000;
@@ -4231,6 +5143,7 @@ async function warnings(ctx: Ctx, group: Group, options: GroupOptions, log: Log)
     log.warn(`the Launch process of ${name} is suspended: nothing can be attached until it is resumed`);
   if (group.healthCheck.type.includes("ELB") && !group.healthCheck.graceSeconds)
     log.warn(`${name} uses load-balancer health checks without a grace period: new members may be ended before they answer`);
+  if (options.k8s_node_drain_option) void checkCluster(ctx, name, options, log);
   if (options.persistence_dev) await volumeWarnings(ctx, group, options.persistence_dev, log);
   const { LifecycleHooks = [] } = await aws(ctx, `reading the lifecycle hooks of ${name}`, (o) =>
     ctx.deps.autoScaling.send(new DescribeLifecycleHooksCommand({ AutoScalingGroupName: name }), o),
@@ -4475,9 +5388,9 @@ function realDeps(flags: Flags, log: Log): Deps {
     ...(flags.t && endpoint ? { endpoint } : {}),
   };
   const clients = new Map<string, SQSClient>();
+  const ec2 = new EC2Client(shared);
   return {
-    region: flags.r ?? "",
-    ec2: new EC2Client(shared),
+    ec2,
     autoScaling: new AutoScalingClient(shared),
     elb: new ElasticLoadBalancingV2Client(shared),
     s3: new S3Client({ ...shared, forcePathStyle: endpoint !== undefined }),
@@ -4491,6 +5404,8 @@ function realDeps(flags: Flags, log: Log): Deps {
       if (flags.t && !isLoopback(url)) throw new Error(`-t works with loopback addresses only, and this is ${url}`);
       return await fetch(url, init);
     },
+    credentials: () => ec2.config.credentials(),
+    region: flags.r ?? "",
     now: Date.now,
     sleep: (ms, signal) =>
       new Promise((resolve, reject) => {
@@ -4575,7 +5490,7 @@ async function load(source: Pick<Ctx, "deps" | "signal">, flags: Flags): Promise
   const publicKey = process.env.MAXGROUP_LICENSE_PUBLIC_KEY;
   const fault = publicKey ? licenseFault(await readFile(source, flags, "license.txt"), publicKey, Date.now()) : undefined;
   if (fault) throw new ConfigError(fault);
-  const asked = { "system.listen": config.system.listen, "system.webhook_url": config.system.webhook_url, "-K": flags.K };
+  const asked = { "system.listen": config.system.listen, "system.webhook_url": config.system.webhook_url };
   for (const [name, value] of Object.entries(asked))
     if (value) source.deps.log.warn(`${name} is set, but this version does not act on it`);
   return config;
@@ -4613,6 +5528,7 @@ async function main(): Promise<number> {
   try {
     const deps = realDeps(flags, log);
     const ctx = makeContext(deps, await load({ deps, signal: stop.signal }, flags), stop.signal);
+    ctx.state.kubeconfig = flags.K;
     const setLevel = ({ log_level }: Config["system"]) => {
       level = log_level === "warning" ? "warn" : (log_level ?? seelog ?? "debug");
     };

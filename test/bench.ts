@@ -32,6 +32,7 @@ import { client } from "./aws/clients.ts";
 import { type Clock, RealClock, VirtualClock } from "./aws/clock.ts";
 import { type Served, serve } from "./aws/server.ts";
 import { type GroupSpec, type InterruptOptions, type Queues, type Service, World, type WorldOptions } from "./aws/world.ts";
+import { type Cluster, startCluster } from "./kube/cluster.ts";
 
 const BINARY = resolve(process.env.MAX_GROUP_BINARY ?? join(import.meta.dir, "../dist/max_group"));
 const REGION = "us-east-2";
@@ -107,13 +108,14 @@ function startProgram(world: World, clock: Clock, config: Config): Program {
   const stop = new AbortController();
   let bytes = 0;
   const deps: Deps = {
-    region: world.region,
     ec2: client(world, "ec2"),
     autoScaling: client(world, "autoscaling"),
     elb: client(world, "elbv2"),
     s3: client(world, "s3"),
     sqs: () => sqs,
     fetch,
+    credentials: async () => ({ accessKeyId: "AKIATEST", secretAccessKey: "secret" }),
+    region: REGION,
     now: () => clock.now(),
     sleep: (ms, signal) => clock.sleep(ms, signal),
     random: () => world.random.next(),
@@ -456,6 +458,104 @@ async function waves(isFull: boolean): Promise<{ rows: Row[]; calls: Calls[] }> 
   return { rows: all.flatMap((one) => one.rows), calls: all.flatMap((one) => one.calls) };
 }
 
+/** Does so for each, so many at a time. */
+async function each<T>(items: T[], parallel: number, act: (item: T) => Promise<unknown>): Promise<void> {
+  const rest = items.values();
+  await Promise.all(
+    Array.from({ length: parallel }, async () => {
+      for (const item of rest) await act(item);
+    }),
+  );
+}
+
+const NODES = 100;
+const PODS_A_NODE = 30;
+/** From a replacement's launch to its node in the cluster, and from an eviction to the pod's end. */
+const JOIN_MS = 30_000;
+const POD_ENDS = "5s";
+
+/** A node for each member, with its pods; resolves when all of them run. */
+async function populate(cluster: Cluster, world: World, ids: string[]): Promise<void> {
+  const nodes = ids.map((id) => ({ id, name: world.instance(id).privateDns }));
+  await each(nodes, 16, ({ id, name }) => cluster.makeNode({ name, instanceId: id }));
+  const pods = nodes.flatMap(({ name }) =>
+    Array.from({ length: PODS_A_NODE }, (_, n) => ({ name: `pod-${n}-of-${name}`, node: name })),
+  );
+  await each(pods, 32, ({ name, node }) =>
+    cluster.create({
+      apiVersion: "v1",
+      kind: "Pod",
+      metadata: { name, namespace: "default", annotations: { "max-group.test/ends-after": POD_ENDS } },
+      spec: { nodeName: node, containers: [{ name: "main", image: "registry.example/main:1" }] } as object,
+    }),
+  );
+  const pending = async () => {
+    const { body } = await cluster.must("GET", "/api/v1/pods?fieldSelector=status.phase%3DPending&limit=1");
+    return body.items?.length ?? 0;
+  };
+  while (await pending()) await sleep(500);
+}
+
+/** A hundred nodes are reclaimed at once: the compiled program, AWS with its latency and rates, a real API server. */
+async function drain(): Promise<Row[]> {
+  const cluster = await startCluster();
+  if (!cluster) return [];
+  const site = new Site({ latencyMs: [20, 60] });
+  try {
+    const { world } = site;
+    const groups = makeGroups(world, "web", GROUPS, NODES / GROUPS);
+    const ids = [...groups.values()].flat();
+    await populate(cluster, world, ids);
+    const options = {
+      k8s_node_drain_option: true,
+      k8s_config_file_path: cluster.tokenKubeconfig("max_group", ["system:masters"]),
+    };
+    const { pid } = await site.start(empty(groups.keys(), options));
+    await site.silence();
+    const usedBefore = cpuSeconds(pid);
+    const fromMs = performance.now();
+    for (const id of ids) world.interrupt(id, NOTICE);
+    const known = new Set(ids);
+    const detachedMs = new Map<string, number>();
+    let atDetach = 0;
+    await until(140, () => {
+      for (const { id, state, launchedAtMs, privateDns: name } of world.ec2.instances.values()) {
+        if (known.has(id) || state !== "running" || Date.now() - launchedAtMs < JOIN_MS) continue;
+        known.add(id);
+        void cluster.makeNode({ name, instanceId: id });
+      }
+      for (const { what, ids: detached } of world.audit) {
+        if (what !== "detach") continue;
+        for (const id of detached) {
+          if (detachedMs.has(id)) continue;
+          detachedMs.set(id, performance.now() - fromMs);
+          void cluster.podsOn(world.instance(id).privateDns).then((pods) => {
+            atDetach += pods.length;
+          });
+        }
+      }
+      return ids.every((id) => detachedMs.has(id));
+    });
+    const all = [...detachedMs.values()].map((ms) => ms / 1000);
+    const { rss } = memoryOf(pid);
+    const used = cpuSeconds(pid) - usedBefore;
+    await sleep(1_000);
+    return [
+      row(`${NODES} nodes of ${PODS_A_NODE} pods: first notice to last detach`, "s", [Math.max(...all)], {
+        digits: 1,
+        most: 120,
+      }),
+      row("  first detach", "s", [Math.min(...all)], { digits: 1 }),
+      row("  pods still there when their node was detached", "pods", [atDetach], { most: 0 }),
+      row("  CPU of the program", "s", [used], { digits: 1 }),
+      row("  resident memory", "MiB", [rss], { most: 150 }),
+    ];
+  } finally {
+    await site.close();
+    await cluster.stop();
+  }
+}
+
 /** A world at latency 0 whose every call runs in one piece, so that its time can be told from the program's. */
 class MeteredWorld extends World {
   spentMs = 0;
@@ -642,6 +742,7 @@ const SECTIONS: Record<string, Section> = {
   strangers: { times: 3, run: strangers },
   memory1000: { times: 3, run: () => memory(1_000) },
   memory10000: { times: 2, run: () => memory(10_000) },
+  drain: { times: 1, run: drain },
   soak10: { times: 3, run: () => soak(10) },
   soak60: { times: 3, run: () => soak(60) },
   idle: { times: 1, run: idle },
@@ -656,7 +757,7 @@ async function runSection(name: string, isFull: boolean): Promise<{ rows: Row[];
     stdin: "ignore",
     stdout: "pipe",
     stderr: "pipe",
-    timeout: isFull ? 1_800_000 : 150_000,
+    timeout: isFull ? 1_800_000 : 300_000,
   });
   const [stdout, stderr] = await Promise.all([child.stdout.text(), child.stderr.text(), child.exited]);
   if (child.exitCode === 0) return JSON.parse(stdout);

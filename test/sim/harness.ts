@@ -134,6 +134,7 @@ export class Stage {
         if (!dead) onAwait?.();
         return dead ? never : alive(this.http(url, init));
       },
+      credentials: async () => ({ accessKeyId: "AKIATEST", secretAccessKey: "secret" }),
       now,
       sleep: (ms, signal) => {
         if (!dead) onAwait?.();

@@ -34,7 +34,16 @@ describe("the steps", () => {
       "remember how it came out",
     ],
     // The volume once more: where protecting it failed on notice, this is the second chance.
-    detach_evt_sqs: ["protect volume", "wait for the replacement", "deregister", "drain", "detach", "send termination message"],
+    // Pods move before target groups are looked at, for the new one may be healthy only once it has them.
+    detach_evt_sqs: [
+      "protect volume",
+      "wait for the replacement's node",
+      "drain",
+      "wait for the replacement",
+      "deregister",
+      "detach",
+      "send termination message",
+    ],
     termination_evt_sqs: ["terminate", "move volume"],
   };
 
