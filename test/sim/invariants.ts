@@ -50,7 +50,7 @@ export interface Traits {
   prompt: boolean;
   lagMs: number;
   spreadMs: number;
-  /** One daemon from beginning to end. */
+  /** One daemon from beginning to end, and it sees the present. */
   alone: boolean;
   /** Good messages may end in the dead-letter queue: crashes, duplicates and lost deletes count as receives. */
   deadLetters: boolean;
@@ -421,7 +421,7 @@ export class Watch {
     if (kind !== "soft") return;
     const ageMs = this.#world.now() - before.launchedAtMs;
     if (ageMs < YOUNG_MS - this.#traits.spreadMs - 1_000) this.find("choice", `${what}, which is ${ageMs / 1000} s old`);
-    if (!this.#traits.alone || !this.#traits.prompt) return;
+    if (!this.#traits.alone) return;
     // Those with a deadline may come in between.
     const open = [...this.claims].filter(
       ([other, c]) =>

@@ -225,7 +225,7 @@ class Life {
       // Two latencies and what else a batch reads; a slow or repeated call may take a minute and a half.
       lagMs: 3_000 + staleMs + (has("latency") ? 10_000 : 0) + (isFaulty ? 120_000 : 0),
       spreadMs: Math.max(0, ...skews) + Math.max(0, ...skews.map((ms) => -ms)),
-      alone: !has("daemons") && !isShaken,
+      alone: !has("daemons") && !isShaken && !has("stale"),
       deadLetters: isFaulty || isShaken,
     };
     this.#watch = new Watch(this.#stage.world, this.#stage.queues, traits);

@@ -150,6 +150,20 @@ export const MUTATIONS: Mutation[] = [
     edits: [[/const alone = options\.persistence_dev \? work\.instance : "";/, 'const alone = "";']],
   },
   { name: "an original that was copied does not say so", edits: [[/await ctx\.cloud\.tag\(\[source\.id\], [^\n]*/, ""]] },
+  {
+    name: "any number is in hand without a deadline",
+    edits: [[/if \(inHand >= limit\) return retry/, "if (false) return retry"]],
+  },
+  { name: "what is young is replaced", edits: [[/if \(old && cloudNow\(ctx\) - old\.launchedMs < YOUNG_MS\)/, "if (false)"]] },
+  {
+    name: "a configuration that cannot be read leaves no group",
+    edits: [[/ctx\.deps\.log\.error\(`the configuration could not be refreshed[^\n]*/, "ctx.state.groups = new Map();"]],
+  },
+  { name: "the group's tags are not propagated", edits: [[/\.\.\.group\.propagatedTags,/, ""]] },
+  {
+    name: "a long delay ends with SQS's own",
+    edits: [[/if \(dueMs !== undefined && dueMs - cloudNow\(ctx\) > 1_000\) return[^\n]*/, ""]],
+  },
 ];
 
 const FOLDER = join(import.meta.dir, "../../node_modules/.cache/mutants");
