@@ -245,6 +245,8 @@ const groupSchema = v.pipe(
     return { ...options, alt: alts.sort(([a], [b]) => Number(a.slice(3)) - Number(b.slice(3))).map(([, type]) => String(type)) };
   }),
 );
+// Others are refused by AWS, and with them the call that asks for many groups at once.
+const groupName = text("the name of an Auto Scaling group, of 1 to 255 characters", /^.{1,255}$/s);
 const ServiceConfig = closed({
   system: v.optional(
     closed({
@@ -264,7 +266,7 @@ const ServiceConfig = closed({
     termination_evt_sqs: queue,
     preaction_snapshot_interval_minutes: v.optional(intervalMinutes),
   }),
-  groups: v.record(v.string(), groupSchema, "an object that names at least one Auto Scaling group"),
+  groups: v.record(groupName, groupSchema, "an object that names at least one Auto Scaling group"),
 });
 
 export type QueueName = "interruption_evt_sqs" | "detach_evt_sqs" | "termination_evt_sqs";
@@ -282,6 +284,8 @@ export class ConfigError extends Error {}
 export function parseConfig(json: string, file = "service_config.json"): Config {
   const errors: ParseError[] = [];
   const clean = json.replace(/^\uFEFF/, "");
+  // Each level is a call within a call in whatever reads it below.
+  if (depthOf(clean) > 100) throw new ConfigError(`${file} is nested too deeply: more than 100 levels`);
   const tree = parseTree(clean, errors, { disallowComments: true });
   const lineOf = (offset: number) => clean.slice(0, offset).split("\n").length;
   const columnOf = (offset: number) => offset - clean.lastIndexOf("\n", offset - 1);
@@ -315,11 +319,24 @@ export function parseConfig(json: string, file = "service_config.json"): Config 
   if (new Set(urls).size < urls.length) faults.push("global: the three queues must be three different queues");
   if (findNodeAtLocation(tree, ["groups"])?.children?.length === 0)
     faults.push('groups is empty: name at least one Auto Scaling group, such as "web": {}');
-  if (!parsed.success || faults.length)
-    throw new ConfigError(
-      `${file} has ${faults.length} fault${faults.length === 1 ? "" : "s"}:\n${faults.map((f) => `  ${f}`).join("\n")}`,
-    );
+  if (!parsed.success || faults.length) {
+    const more = faults.length > 100 ? [`and ${faults.length - 100} more`] : [];
+    const lines = [...faults.slice(0, 100), ...more].map((f) => `  ${f}`);
+    throw new ConfigError(`${file} has ${faults.length} fault${faults.length === 1 ? "" : "s"}:\n${lines.join("\n")}`);
+  }
   return parsed.output;
+}
+/** How deeply brackets stand in brackets, strings left out; at least that where it is no JSON. */
+function depthOf(json: string): number {
+  let [depth, most, inString] = [0, 0, false];
+  for (let i = 0; i < json.length; i++) {
+    const c = json[i];
+    if (inString && c === "\\") i++;
+    else if (c === '"') inString = !inString;
+    else if (!inString && (c === "[" || c === "{")) most = Math.max(most, ++depth);
+    else if (!inString && (c === "]" || c === "}")) depth--;
+  }
+  return most;
 }
 /** Keys that valibot passes over in silence, wherever they stand. */
 function hidden(node: Node, path: string[] = []): string[][] {
@@ -727,6 +744,16 @@ export type Group = {
   healthCheck: { type: string; graceSeconds: number };
 };
 
+/**
+ * What is acted on must be in AWS's answer: a size or a state that is made up would end machines, and a name that is
+ * missing would look like absence. Throws what is worth another try.
+ */
+function mustHave<T extends object>(what: string, record: T, ...keys: (keyof T)[]): void {
+  const missing = keys.filter((key) => record[key] === undefined || record[key] === "");
+  if (missing.length)
+    throw Object.assign(new Error(`AWS's answer for ${what} lacks ${missing.join(", ")}`), { name: "InternalError" });
+}
+
 const tagsOf = (tags: { Key?: string; Value?: string }[] | undefined) =>
   Object.fromEntries((tags ?? []).flatMap(({ Key, Value }) => (Key === undefined ? [] : [[Key, Value ?? ""]])));
 
@@ -754,6 +781,8 @@ const isGone = (i: Ec2Instance | undefined) => !i || i.state === "terminated" ||
 export function toGroup(g: AutoScalingGroup): Group | undefined {
   if (!g.AutoScalingGroupName) return undefined;
   const name = g.AutoScalingGroupName;
+  mustHave(name, g, "MinSize", "MaxSize", "DesiredCapacity");
+  for (const i of g.Instances ?? []) mustHave(`a member of ${name}`, i, "InstanceId", "LifecycleState");
   const policy = g.MixedInstancesPolicy;
   const members = (g.Instances ?? []).flatMap((i) =>
     i.InstanceId
@@ -829,7 +858,9 @@ export function winner(claims: Ec2Instance[]): Ec2Instance | undefined {
   return claims.filter(isLiving).sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1))[0];
 }
 
-const isLeaving = ({ Description = "" }: Activity) => /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
+/** Without its cause it does not say how. */
+const isLeaving = ({ Description = "", Cause }: Activity) =>
+  Cause !== undefined && /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
 
 /** How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself. */
 export function howItLeft(
@@ -855,7 +886,9 @@ function makeCloud(ctx: Ctx) {
       const page = await aws(ctx, doing, (o) =>
         deps.ec2.send(new DescribeInstancesCommand({ Filters: filters, MaxResults: 1000, NextToken }), o),
       );
-      for (const r of page.Reservations ?? []) found.push(...(r.Instances ?? []).flatMap((i) => toInstance(i) ?? []));
+      const instances = (page.Reservations ?? []).flatMap((r) => r.Instances ?? []);
+      for (const i of instances) mustHave(i.InstanceId ?? "an instance", i, "InstanceId", "State", "LaunchTime");
+      found.push(...instances.flatMap((i) => toInstance(i) ?? []));
       NextToken = page.NextToken;
     } while (NextToken);
     return found;
@@ -917,6 +950,8 @@ function makeCloud(ctx: Ctx) {
       const { AutoScalingInstances = [] } = await aws(ctx, "finding groups", (o) =>
         deps.autoScaling.send(new DescribeAutoScalingInstancesCommand({ InstanceIds: ids }), o),
       );
+      for (const m of AutoScalingInstances)
+        mustHave(m.InstanceId ?? "a member", m, "InstanceId", "AutoScalingGroupName", "LifecycleState");
       return new Map(
         AutoScalingInstances.flatMap((m) =>
           m.InstanceId && m.AutoScalingGroupName
@@ -942,6 +977,7 @@ function makeCloud(ctx: Ctx) {
       const { AutoScalingGroups = [] } = await aws(ctx, "reading groups", (o) =>
         deps.autoScaling.send(new DescribeAutoScalingGroupsCommand({ AutoScalingGroupNames: names, MaxRecords: 100 }), o),
       );
+      for (const g of AutoScalingGroups) mustHave("a group", g, "AutoScalingGroupName");
       return new Map(AutoScalingGroups.flatMap((g) => toGroup(g) ?? []).map((g) => [g.name, g]));
     }),
     /** The scaling activities that name one of these instances (keys: group, space, instance), newest first; one reading a group. */
@@ -1211,7 +1247,7 @@ const TERMINATION = "MaxGroup Termination";
 
 /** What travels in every copy and follow-up, so that what is begun is finished with the options it began with. */
 const carriedSchema = v.object({
-  group: v.string(),
+  group: groupName,
   kind: v.picklist(["interruption", "rebalance", "maintenance"]),
   notice: v.string(),
   /** Milliseconds since 1970; absent: no hard deadline. */
@@ -1336,6 +1372,8 @@ type Step = {
   run: (ctx: Ctx, work: Work) => Promise<Result>;
 };
 
+/** Of these last minutes; a time far ahead is wrong, and waiting for it would never end. */
+const isFresh = (ctx: Ctx, { notice }: Work, ms: number) => Math.abs(cloudNow(ctx) - (notice.timeMs ?? 0)) < ms;
 const hasDeadline = (work: Work) => work.deadlineMs !== undefined;
 const hasVolume = (work: Work) => work.options.persistence_dev !== undefined;
 const hasNoDeadline = (work: Work) => work.deadlineMs === undefined;
@@ -1752,7 +1790,7 @@ async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promis
   if (work.notice.kind !== "interruption") return skip("in no group: not ours");
   // Another daemon may have launched it a moment ago.
   const claim = ctx.state.claims.get(work.instance) ?? (await ctx.cloud.instance(work.instance));
-  if (!claim && cloudNow(ctx) - (work.notice.timeMs ?? 0) < 30_000) return retry("EC2 does not show it yet", 5);
+  if (!claim && isFresh(ctx, work, 30_000)) return retry("EC2 does not show it yet", 5);
   if (!claim || !(TAG.replaces in claim.tags) || isSettled(claim) || !isLiving(claim)) return skip("in no group: not ours");
   if (!(TAG.lost in claim.tags)) {
     remember(ctx, "spot", claim.type, claim.zone, RECLAIMED_MS, "reclaimed");
@@ -2690,8 +2728,8 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
       return done;
     }
     if (work.deadlineMs === undefined) {
-      const isFresh = cloudNow(ctx) - (work.notice.timeMs ?? 0) < BELIEVED_MS;
-      if (standing === "none" && isFresh) return retry("its replacement is gone, or not to be seen yet", 30);
+      if (standing === "none" && isFresh(ctx, work, BELIEVED_MS))
+        return retry("its replacement is gone, or not to be seen yet", 30);
       if (standing === "none") return skip("its replacement is gone: the old one stays", "warn");
       return retry(`replacement ${work.claim ?? ""} is ${standing}`, work.refused || standing === "outside" ? 60 : 15);
     }
@@ -2852,10 +2890,10 @@ async function terminate(ctx: Ctx, work: Work): Promise<Result> {
   const isLeaving = member && judgeState(member.lifecycleState) === "leaving";
   const isMarked = old?.tags[TAG.detached] === group;
   // Describes lag: what speaks against the message is believed once it has had minutes to show.
-  const isFresh = cloudNow(ctx) - (work.notice.timeMs ?? 0) < BELIEVED_MS;
-  if (member && (isLeaving || isFresh)) return retry(`still ${member.lifecycleState} in ${member.group}`, 5);
+  const isNew = isFresh(ctx, work, BELIEVED_MS);
+  if (member && (isLeaving || isNew)) return retry(`still ${member.lifecycleState} in ${member.group}`, 5);
   if (member) return skip(`${instance} is a member of ${member.group}: left alone`, "info");
-  if (!isMarked && isFresh) return retry(`carries no ${TAG.detached} yet`, 5);
+  if (!isMarked && isNew) return retry(`carries no ${TAG.detached} yet`, 5);
   if (!isMarked) return skip(`${instance} carries no ${TAG.detached}=${group}: left alone`, "warn");
   // The last chance to save its data: nothing is ended while that fails.
   if (old && work.options.persistence_dev) await protectData(ctx, work, old);
@@ -2986,7 +3024,7 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
   const [source] = (await ctx.cloud.volumesOf(work.instance)) ?? [];
   if (!source) return skip(`no volume of ${work.instance} waits to be moved`, "info");
   const log = work.log.with({ volume: source.id });
-  const isPatient = cloudNow(ctx) - (work.notice.timeMs ?? 0) < VOLUME_PATIENCE_MS;
+  const isPatient = isFresh(ctx, work, VOLUME_PATIENCE_MS);
   const target = await heir(ctx, work.instance);
   const member = target && (await ctx.cloud.member(target.id));
   if (!target || member?.lifecycleState !== "InService") {
