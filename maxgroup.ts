@@ -13,7 +13,7 @@
  * the loop, the steps, the instance manager, start-up checks, main.
  */
 import { createHash, createPublicKey, verify } from "node:crypto";
-import { closeSync, existsSync, openSync, readFileSync, writeSync } from "node:fs";
+import { closeSync, existsSync, openSync, readdirSync, readFileSync, writeSync } from "node:fs";
 import {
   type Activity,
   AttachInstancesCommand,
@@ -176,7 +176,7 @@ const GROUP_OPTIONS = {
 const ALT = /^alt[1-9]\d*$/;
 const INSTANCE_TYPE = /^[a-z][a-z0-9-]*\.[a-z0-9-]+$/;
 /** Options that this version reads but does not act on yet: a group that asks for one is told so at start. */
-export const NOT_YET = ["is_enable_preaction", "consul_port", "k8s_node_drain_option"] as const;
+export const NOT_YET = ["is_enable_preaction", "k8s_node_drain_option"] as const;
 
 /** The known name that is fewest edits away, if it is near enough to be what was meant. */
 export function nearest(name: string, known: string[]): string | undefined {
@@ -700,6 +700,8 @@ export type Ec2Instance = {
   stateReason: string;
   spot: boolean;
   launchedMs: number;
+  /** Its private address, IPv4 where it has one. */
+  address?: string;
   tags: Record<string, string>;
   /** By device name; `ends`: goes with the instance. */
   volumes: Record<string, { id: string; ends: boolean }>;
@@ -767,6 +769,7 @@ export function toInstance(i: Instance): Ec2Instance | undefined {
     stateReason: [i.StateReason?.Code, i.StateReason?.Message].filter(Boolean).join(": "),
     spot: i.InstanceLifecycle === "spot",
     launchedMs: i.LaunchTime?.getTime() ?? 0,
+    address: i.PrivateIpAddress || i.Ipv6Address || i.NetworkInterfaces?.flatMap((n) => n.Ipv6Addresses ?? [])[0]?.Ipv6Address,
     tags: tagsOf(i.Tags),
     volumes: Object.fromEntries(
       (i.BlockDeviceMappings ?? []).flatMap(({ DeviceName, Ebs }) =>
@@ -1124,6 +1127,8 @@ export type State = {
   left: Map<string, "decremented" | "substituted" | "unknown">;
   /** When a detach message for an old instance was last in hand here. */
   detachSeenMs: Map<string, number>;
+  /** When the agents of old instances were asked to let their services go: once, whatever came of it. */
+  deregisteredMs: Map<string, number>;
   /** Messages whose work is done and whose deletion failed: seen again, they are only deleted. */
   finishedMs: Map<string, number>;
   /** Since when a claim is seen as it is, and when it was last acted on, by claim and matter. */
@@ -1161,6 +1166,7 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     joined: new Set(),
     left: new Map(),
     detachSeenMs: new Map(),
+    deregisteredMs: new Map(),
     finishedMs: new Map(),
     restoring: new Map(),
     firstPass: Promise.resolve(),
@@ -1392,6 +1398,7 @@ export const TABLE: Record<QueueName, Step[]> = {
   detach_evt_sqs: [
     { name: "protect volume", when: "persistence_dev", run: protectVolume },
     { name: "wait for the replacement", run: waitForReplacement },
+    { name: "deregister", when: "consul_port", run: deregister },
     { name: "detach", run: detach },
     { name: "send termination message", run: sendTerminationMessage },
   ],
@@ -3114,6 +3121,136 @@ async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance)
   return retry("the copy is being made", 3);
 }
 
+// ─── Steps: Consul ───────────────────────────────────────────────────────────────────────────────────────
+// Before an instance is detached its services leave Consul, at its own agent: maintenance mode first, so that whoever
+// watches sees it at once. That agent is on a machine that is about to go: it is asked once, has three seconds in all
+// and no more than the detach can spare, and whatever it does, the replacement goes on.
+
+const CONSUL_MS = 3_000;
+
+export type ConsulAccess = { scheme: "http" | "https"; token: string | undefined; tls: NonNullable<BunFetchRequestInit["tls"]> };
+
+/**
+ * Consul's environment variables, as its own tools read them (api.go: a token file wins over a token), but for the
+ * address, which is each agent's own, and a CONSUL_HTTP_SSL_VERIFY that is no boolean, which there means "no".
+ * `read` gives a file's text, `list` the files of a folder; both throw where that cannot be read.
+ */
+export function consulAccess(
+  env: Record<string, string | undefined>,
+  read: (path: string) => string,
+  list: (folder: string) => string[],
+): ConsulAccess {
+  const { CONSUL_HTTP_TOKEN_FILE: tokenFile, CONSUL_CACERT: ca, CONSUL_CAPATH: caFolder } = env;
+  const { CONSUL_CLIENT_CERT: cert, CONSUL_CLIENT_KEY: key, CONSUL_TLS_SERVER_NAME: name } = env;
+  if (!cert !== !key) throw new Error("CONSUL_CLIENT_CERT and CONSUL_CLIENT_KEY go together");
+  // Where both are set, the file counts.
+  const authorities = ca ? [read(ca)] : caFolder ? list(caFolder).map(read) : [];
+  return {
+    // The words of Go's strconv.ParseBool.
+    scheme: /^(1|[tT]|TRUE|[tT]rue)$/.test(env.CONSUL_HTTP_SSL ?? "") ? "https" : "http",
+    token: (tokenFile ? read(tokenFile).trim() : "") || env.CONSUL_HTTP_TOKEN || undefined,
+    tls: {
+      ...(authorities.length && { ca: authorities }),
+      ...(cert && key && { cert: read(cert), key: read(key) }),
+      ...(name && { serverName: name.replace(/:\d+$/, "") }),
+      ...(/^(0|[fF]|FALSE|[fF]alse)$/.test(env.CONSUL_HTTP_SSL_VERIFY ?? "") && { rejectUnauthorized: false }),
+    },
+  };
+}
+
+const agentSelf = v.object({
+  Config: v.optional(v.object({ NodeName: v.optional(v.string(), "") }), {}),
+  Member: v.optional(v.object({ Addr: v.optional(v.string(), "") }), {}),
+  Meta: v.optional(v.nullable(v.record(v.string(), v.string())), {}),
+});
+
+/** Why this agent is another instance's, as far as it tells: addresses are used again once their instance is gone. */
+export function whoseAgent(self: unknown, old: string, replacementAddress: string | undefined): string | undefined {
+  const known = v.safeParse(agentSelf, self);
+  if (!known.success) return undefined;
+  const { Config, Member, Meta } = known.output;
+  if (replacementAddress && Member.Addr === replacementAddress) return "it is the replacement's";
+  const ids: string[] = named(new Error([Config.NodeName, ...Object.values(Meta ?? {})].join(" ")));
+  return ids.length && !ids.includes(old) ? `it calls itself ${ids[0]}` : undefined;
+}
+
+async function deregister(ctx: Ctx, work: Work): Promise<Result> {
+  const { deps, state } = ctx;
+  if (work.left || state.deregisteredMs.has(work.instance)) return done;
+  state.deregisteredMs.set(work.instance, deps.now());
+  const limit = new AbortController();
+  const late = deps.sleep(CONSUL_MS, limit.signal).then(() => {
+    throw new Error(`no answer in ${CONSUL_MS / 1000} s`);
+  });
+  const asked = Promise.race([leaveConsul(ctx, work, limit.signal), late])
+    .catch((error: unknown) =>
+      work.log.warn(`Consul on ${work.instance}: ${errorText(error)}; going on, its services go when Consul misses the agent`),
+    )
+    .finally(() => limit.abort(new Stopped("enough")));
+  // Five seconds before the deadline nothing is waited for: the agent is asked beside the detach.
+  const spareMs = work.deadlineMs === undefined ? CONSUL_MS : work.deadlineMs - 5_000 - cloudNow(ctx);
+  if (spareMs > 0) await Promise.race([asked, pause(ctx, Math.min(CONSUL_MS, spareMs))]);
+  return done;
+}
+
+/** Takes all services of the old instance's agent out of Consul. Throws what went wrong, as one line. */
+async function leaveConsul(ctx: Ctx, work: Work, signal: AbortSignal): Promise<void> {
+  const { instance, claim, log } = work;
+  const [old, replacement] = await Promise.all([instance, claim ?? instance].map((id) => ctx.cloud.instance(id)));
+  const address = old?.address;
+  if (old?.state !== "running" || !address) return log.info(`${instance} is ${old?.state ?? "gone"}: nothing asked of Consul`);
+  const other = replacement?.id === instance ? undefined : replacement?.address;
+  if (address === other) return log.warn(`${address} is the replacement's by now: nothing asked of Consul`);
+  const { scheme, token, tls } = consulAccess(
+    process.env,
+    (path) => readFileSync(path, "utf8"),
+    (folder) => readdirSync(folder).map((name) => `${folder}/${name}`),
+  );
+  const agent = `${scheme}://${address.includes(":") ? `[${address}]` : address}:${work.options.consul_port}`;
+  const ask = async (method: string, path: string) => {
+    const answer = await ctx.deps.fetch(`${agent}/v1/agent/${path}`, {
+      method,
+      signal,
+      headers: token ? { "X-Consul-Token": token } : {},
+      redirect: "manual",
+      keepalive: false, // the address may be another machine's the next time
+      ...(scheme === "https" && { tls }),
+    });
+    return {
+      status: answer.status,
+      text: await answer.text(),
+      isFiltered: answer.headers.has("X-Consul-Results-Filtered-By-ACLs"),
+    };
+  };
+  const refusal = (what: string, { status, text }: { status: number; text: string }) =>
+    `${what}: ${status} ${text.slice(0, 200).trim()}`;
+
+  // Without the right to read it nothing is known of whose it is.
+  const self = await ask("GET", "self");
+  const whose = self.status === 200 ? whoseAgent(JSON.parse(self.text), instance, other) : undefined;
+  if (whose) return log.warn(`the agent at ${address} is not ${instance}'s (${whose}): left alone`);
+  const reason = encodeURIComponent(`max_group: ${instance} is being replaced`);
+  const maintenance = await ask("PUT", `maintenance?enable=true&reason=${reason}`);
+  const list = await ask("GET", "services");
+  if (list.status !== 200) throw new Error(refusal("reading its services", list));
+  const ids = Object.keys(v.parse(v.record(v.string(), v.unknown()), JSON.parse(list.text)));
+  const faults: string[] = [];
+  const leave = async (id: string) => {
+    const answer = await ask("PUT", `service/deregister/${encodeURIComponent(id)}`);
+    // Gone already, such as a sidecar with its service.
+    const isGone = answer.status === 200 || (answer.status === 404 && /Unknown service/.test(answer.text));
+    if (!isGone) faults.push(refusal(`deregistering ${id}`, answer));
+  };
+  // An agent allows 200 connections from one address.
+  for (let n = 0; n < ids.length; n += 50) await Promise.all(ids.slice(n, n + 50).map(leave));
+  log.info(`deregistered ${ids.length - faults.length} services of ${instance} from Consul`);
+  if (maintenance.status !== 200) faults.push(refusal("maintenance mode", maintenance));
+  if (faults.length) throw new Error(faults.slice(0, 5).join("; "));
+  if (list.isFiltered) throw new Error("the token may not see all of its services");
+  if (!ids.length && !token)
+    log.warn(`Consul on ${instance} shows no services; where ACLs are on it shows none without CONSUL_HTTP_TOKEN`);
+}
+
 // ─── Instance manager ────────────────────────────────────────────────────────────────────────────────────
 // One loop over everything that carries our tag: it settles claims whose message was lost, ends the surplus and
 // the losers, puts maximums back and sweeps leaks. It reads before it acts, twice where an act cannot be undone,
@@ -3178,7 +3315,7 @@ function forget(ctx: Ctx, open: Ec2Instance[]): void {
   const alive = new Set(open.map((c) => c.id));
   for (const map of [ctx.state.outsideSince, ctx.state.actedMs])
     for (const key of map.keys()) if (!alive.has(key.split(" ")[0] ?? "")) map.delete(key);
-  for (const map of [ctx.state.detachSeenMs, ctx.state.finishedMs])
+  for (const map of [ctx.state.detachSeenMs, ctx.state.deregisteredMs, ctx.state.finishedMs])
     for (const [key, atMs] of map) if (ctx.deps.now() - atMs > 3_600_000) map.delete(key);
   for (const id of ctx.state.joined) if (!ctx.state.claims.has(id)) ctx.state.joined.delete(id);
   if (ctx.state.left.size > 10_000) ctx.state.left.clear(); // a memory to save calls, no more
