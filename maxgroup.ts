@@ -3183,9 +3183,7 @@ async function deregister(ctx: Ctx, work: Work): Promise<Result> {
     throw new Error(`no answer in ${CONSUL_MS / 1000} s`);
   });
   const asked = Promise.race([leaveConsul(ctx, work, limit.signal), late])
-    .catch((error: unknown) =>
-      work.log.warn(`Consul on ${work.instance}: ${errorText(error)}; going on, its services go when Consul misses the agent`),
-    )
+    .catch((error: unknown) => work.log.warn(`Consul on ${work.instance}: ${errorText(error)}; going on`))
     .finally(() => limit.abort(new Stopped("enough")));
   // Five seconds before the deadline nothing is waited for: the agent is asked beside the detach.
   const spareMs = work.deadlineMs === undefined ? CONSUL_MS : work.deadlineMs - 5_000 - cloudNow(ctx);
@@ -3245,10 +3243,9 @@ async function leaveConsul(ctx: Ctx, work: Work, signal: AbortSignal): Promise<v
   for (let n = 0; n < ids.length; n += 50) await Promise.all(ids.slice(n, n + 50).map(leave));
   log.info(`deregistered ${ids.length - faults.length} services of ${instance} from Consul`);
   if (maintenance.status !== 200) faults.push(refusal("maintenance mode", maintenance));
+  if (list.isFiltered) faults.push("the token may not see all of its services");
+  if (!ids.length && !token) faults.push("it shows no services, and with ACLs on it shows none without CONSUL_HTTP_TOKEN");
   if (faults.length) throw new Error(faults.slice(0, 5).join("; "));
-  if (list.isFiltered) throw new Error("the token may not see all of its services");
-  if (!ids.length && !token)
-    log.warn(`Consul on ${instance} shows no services; where ACLs are on it shows none without CONSUL_HTTP_TOKEN`);
 }
 
 // ─── Instance manager ────────────────────────────────────────────────────────────────────────────────────
