@@ -13,7 +13,7 @@
  * the loop, the steps, the instance manager, preaction, start-up checks, main.
  */
 import { createHash, createPublicKey, verify } from "node:crypto";
-import { closeSync, existsSync, openSync, readFileSync, statSync, writeSync } from "node:fs";
+import { closeSync, existsSync, openSync, readdirSync, readFileSync, statSync, writeSync } from "node:fs";
 import type { RequestOptions } from "node:https";
 import { dirname, resolve } from "node:path";
 import {
@@ -182,8 +182,6 @@ const GROUP_OPTIONS = {
 };
 const ALT = /^alt[1-9]\d*$/;
 const INSTANCE_TYPE = /^[a-z][a-z0-9-]*\.[a-z0-9-]+$/;
-/** Options that this version reads but does not act on yet: a group that asks for one is told so at start. */
-export const NOT_YET = ["consul_port"] as const;
 
 /** The known name that is fewest edits away, if it is near enough to be what was meant. */
 export function nearest(name: string, known: string[]): string | undefined {
@@ -252,6 +250,8 @@ const groupSchema = v.pipe(
     return { ...options, alt: alts.sort(([a], [b]) => Number(a.slice(3)) - Number(b.slice(3))).map(([, type]) => String(type)) };
   }),
 );
+// Others are refused by AWS, and with them the call that asks for many groups at once.
+const groupName = text("the name of an Auto Scaling group, of 1 to 255 characters", /^.{1,255}$/s);
 const ServiceConfig = closed({
   system: v.optional(
     closed({
@@ -271,7 +271,7 @@ const ServiceConfig = closed({
     termination_evt_sqs: queue,
     preaction_snapshot_interval_minutes: v.optional(intervalMinutes),
   }),
-  groups: v.record(v.string(), groupSchema, "an object that names at least one Auto Scaling group"),
+  groups: v.record(groupName, groupSchema, "an object that names at least one Auto Scaling group"),
 });
 
 export type QueueName = "interruption_evt_sqs" | "detach_evt_sqs" | "termination_evt_sqs";
@@ -289,6 +289,8 @@ export class ConfigError extends Error {}
 export function parseConfig(json: string, file = "service_config.json"): Config {
   const errors: ParseError[] = [];
   const clean = json.replace(/^\uFEFF/, "");
+  // Each level is a call within a call in whatever reads it below.
+  if (depthOf(clean) > 100) throw new ConfigError(`${file} is nested too deeply: more than 100 levels`);
   const tree = parseTree(clean, errors, { disallowComments: true });
   const lineOf = (offset: number) => clean.slice(0, offset).split("\n").length;
   const columnOf = (offset: number) => offset - clean.lastIndexOf("\n", offset - 1);
@@ -322,11 +324,24 @@ export function parseConfig(json: string, file = "service_config.json"): Config 
   if (new Set(urls).size < urls.length) faults.push("global: the three queues must be three different queues");
   if (findNodeAtLocation(tree, ["groups"])?.children?.length === 0)
     faults.push('groups is empty: name at least one Auto Scaling group, such as "web": {}');
-  if (!parsed.success || faults.length)
-    throw new ConfigError(
-      `${file} has ${faults.length} fault${faults.length === 1 ? "" : "s"}:\n${faults.map((f) => `  ${f}`).join("\n")}`,
-    );
+  if (!parsed.success || faults.length) {
+    const more = faults.length > 100 ? [`and ${faults.length - 100} more`] : [];
+    const lines = [...faults.slice(0, 100), ...more].map((f) => `  ${f}`);
+    throw new ConfigError(`${file} has ${faults.length} fault${faults.length === 1 ? "" : "s"}:\n${lines.join("\n")}`);
+  }
   return parsed.output;
+}
+/** How deeply brackets stand in brackets, strings left out; at least that where it is no JSON. */
+function depthOf(json: string): number {
+  let [depth, most, inString] = [0, 0, false];
+  for (let i = 0; i < json.length; i++) {
+    const c = json[i];
+    if (inString && c === "\\") i++;
+    else if (c === '"') inString = !inString;
+    else if (!inString && (c === "[" || c === "{")) most = Math.max(most, ++depth);
+    else if (!inString && (c === "]" || c === "}")) depth--;
+  }
+  return most;
 }
 /** Keys that valibot passes over in silence, wherever they stand. */
 function hidden(node: Node, path: string[] = []): string[][] {
@@ -871,6 +886,8 @@ export type Ec2Instance = {
   architecture: string;
   virtualization: string;
   launchedMs: number;
+  /** Its private address, IPv4 where it has one. */
+  address?: string;
   tags: Record<string, string>;
   /** Empty once it is terminated. */
   privateDns?: string;
@@ -917,6 +934,16 @@ export type Group = {
   healthCheck: { type: string; graceSeconds: number };
 };
 
+/**
+ * What is acted on must be in AWS's answer: a size or a state that is made up would end machines, and a name that is
+ * missing would look like absence. Throws what is worth another try.
+ */
+function mustHave<T extends object>(what: string, record: T, ...keys: (keyof T)[]): void {
+  const missing = keys.filter((key) => record[key] === undefined || record[key] === "");
+  if (missing.length)
+    throw Object.assign(new Error(`AWS's answer for ${what} lacks ${missing.join(", ")}`), { name: "InternalError" });
+}
+
 const tagsOf = (tags: { Key?: string; Value?: string }[] | undefined) =>
   Object.fromEntries((tags ?? []).flatMap(({ Key, Value }) => (Key === undefined ? [] : [[Key, Value ?? ""]])));
 
@@ -934,6 +961,7 @@ export function toInstance(i: Instance): Ec2Instance | undefined {
     architecture: i.Architecture ?? "",
     virtualization: i.VirtualizationType ?? "",
     launchedMs: i.LaunchTime?.getTime() ?? 0,
+    address: i.PrivateIpAddress || i.Ipv6Address || i.NetworkInterfaces?.flatMap((n) => n.Ipv6Addresses ?? [])[0]?.Ipv6Address,
     tags: tagsOf(i.Tags),
     privateDns: i.PrivateDnsName,
     volumes: Object.fromEntries(
@@ -949,6 +977,8 @@ const isGone = (i: Ec2Instance | undefined) => !i || i.state === "terminated" ||
 export function toGroup(g: AutoScalingGroup): Group | undefined {
   if (!g.AutoScalingGroupName) return undefined;
   const name = g.AutoScalingGroupName;
+  mustHave(name, g, "MinSize", "MaxSize", "DesiredCapacity");
+  for (const i of g.Instances ?? []) mustHave(`a member of ${name}`, i, "InstanceId", "LifecycleState");
   const policy = g.MixedInstancesPolicy;
   const members = (g.Instances ?? []).flatMap((i) =>
     i.InstanceId
@@ -1024,7 +1054,9 @@ export function winner(claims: Ec2Instance[]): Ec2Instance | undefined {
   return claims.filter(isLiving).sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1))[0];
 }
 
-const isLeaving = ({ Description = "" }: Activity) => /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
+/** Without its cause it does not say how. */
+const isLeaving = ({ Description = "", Cause }: Activity) =>
+  Cause !== undefined && /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
 
 /** How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself. */
 export function howItLeft(
@@ -1071,7 +1103,9 @@ function makeCloud(ctx: Ctx) {
       const page = await aws(ctx, doing, (o) =>
         deps.ec2.send(new DescribeInstancesCommand({ Filters: filters, MaxResults: 1000, NextToken }), o),
       );
-      for (const r of page.Reservations ?? []) found.push(...(r.Instances ?? []).flatMap((i) => toInstance(i) ?? []));
+      const instances = (page.Reservations ?? []).flatMap((r) => r.Instances ?? []);
+      for (const i of instances) mustHave(i.InstanceId ?? "an instance", i, "InstanceId", "State", "LaunchTime");
+      found.push(...instances.flatMap((i) => toInstance(i) ?? []));
       NextToken = page.NextToken;
     } while (NextToken);
     return found;
@@ -1148,6 +1182,8 @@ function makeCloud(ctx: Ctx) {
       const { AutoScalingInstances = [] } = await aws(ctx, "finding groups", (o) =>
         deps.autoScaling.send(new DescribeAutoScalingInstancesCommand({ InstanceIds: ids }), o),
       );
+      for (const m of AutoScalingInstances)
+        mustHave(m.InstanceId ?? "a member", m, "InstanceId", "AutoScalingGroupName", "LifecycleState");
       return new Map(
         AutoScalingInstances.flatMap((m) =>
           m.InstanceId && m.AutoScalingGroupName
@@ -1173,6 +1209,7 @@ function makeCloud(ctx: Ctx) {
       const { AutoScalingGroups = [] } = await aws(ctx, "reading groups", (o) =>
         deps.autoScaling.send(new DescribeAutoScalingGroupsCommand({ AutoScalingGroupNames: names, MaxRecords: 100 }), o),
       );
+      for (const g of AutoScalingGroups) mustHave("a group", g, "AutoScalingGroupName");
       return new Map(AutoScalingGroups.flatMap((g) => toGroup(g) ?? []).map((g) => [g.name, g]));
     }),
     /** The scaling activities that name one of these instances (keys: group, space, instance), newest first; one reading a group. */
@@ -1301,6 +1338,8 @@ export type State = {
   left: Map<string, "decremented" | "substituted" | "unknown">;
   /** When a detach message for an old instance was last in hand here. */
   detachSeenMs: Map<string, number>;
+  /** When the agents of old instances were asked to let their services go: once, whatever came of it. */
+  deregisteredMs: Map<string, number>;
   /** Messages whose work is done and whose deletion failed: seen again, they are only deleted. */
   finishedMs: Map<string, number>;
   /** Since when a claim is seen as it is, and when it was last acted on, by claim and matter. */
@@ -1358,6 +1397,7 @@ export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ct
     joined: new Set(),
     left: new Map(),
     detachSeenMs: new Map(),
+    deregisteredMs: new Map(),
     finishedMs: new Map(),
     clusters: new Map(),
     nodesLookedMs: Number.NEGATIVE_INFINITY,
@@ -1475,7 +1515,7 @@ const TERMINATION = "MaxGroup Termination";
 
 /** What travels in every copy and follow-up, so that what is begun is finished with the options it began with. */
 const carriedSchema = v.object({
-  group: v.string(),
+  group: groupName,
   kind: v.picklist(["interruption", "rebalance", "maintenance", "preaction"]),
   notice: v.string(),
   /** Milliseconds since 1970; absent: no hard deadline. */
@@ -1604,6 +1644,8 @@ type Step = {
   run: (ctx: Ctx, work: Work) => Promise<Result>;
 };
 
+/** Of these last minutes; a time far ahead is wrong, and waiting for it would never end. */
+const isFresh = (ctx: Ctx, { notice }: Work, ms: number) => Math.abs(cloudNow(ctx) - (notice.timeMs ?? 0)) < ms;
 const hasDeadline = (work: Work) => work.deadlineMs !== undefined;
 const hasVolume = (work: Work) => work.options.persistence_dev !== undefined;
 const hasPods = (work: Work) => work.options.k8s_node_drain_option;
@@ -1629,6 +1671,7 @@ export const TABLE: Record<QueueName, Step[]> = {
     { name: "wait for the replacement's node", when: "k8s_node_drain_option", run: waitForNode },
     { name: "drain", when: "k8s_node_drain_option", run: drain },
     { name: "wait for the replacement", run: waitForReplacement },
+    { name: "deregister", when: "consul_port", run: deregister },
     { name: "detach", run: detach },
     { name: "send termination message", run: sendTerminationMessage },
   ],
@@ -2054,7 +2097,7 @@ async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promis
   if (work.notice.kind !== "interruption") return skip("in no group: not ours");
   // Another daemon may have launched it a moment ago.
   const claim = ctx.state.claims.get(work.instance) ?? (await ctx.cloud.instance(work.instance));
-  if (!claim && cloudNow(ctx) - (work.notice.timeMs ?? 0) < 30_000) return retry("EC2 does not show it yet", 5);
+  if (!claim && isFresh(ctx, work, 30_000)) return retry("EC2 does not show it yet", 5);
   if (!claim || !(TAG.replaces in claim.tags) || isSettled(claim) || !isLiving(claim)) return skip("in no group: not ours");
   if (!(TAG.lost in claim.tags)) {
     remember(ctx, "spot", claim.type, claim.zone, RECLAIMED_MS, "reclaimed");
@@ -3058,8 +3101,7 @@ function lapse(ctx: Ctx, work: Work): void {
 }
 /** Without a hard deadline, and without a replacement. */
 function claimGone(ctx: Ctx, work: Work): Result {
-  const isFresh = cloudNow(ctx) - (work.notice.timeMs ?? 0) < BELIEVED_MS;
-  if (isFresh) return retry("its replacement is gone, or not to be seen yet", 30);
+  if (isFresh(ctx, work, BELIEVED_MS)) return retry("its replacement is gone, or not to be seen yet", 30);
   return skip("its replacement is gone: the old one stays", "warn");
 }
 
@@ -3255,10 +3297,10 @@ async function terminate(ctx: Ctx, work: Work): Promise<Result> {
   const isLeaving = member && judgeState(member.lifecycleState) === "leaving";
   const isMarked = old?.tags[TAG.detached] === group;
   // Describes lag: what speaks against the message is believed once it has had minutes to show.
-  const isFresh = cloudNow(ctx) - (work.notice.timeMs ?? 0) < BELIEVED_MS;
-  if (member && (isLeaving || isFresh)) return retry(`still ${member.lifecycleState} in ${member.group}`, 5);
+  const isNew = isFresh(ctx, work, BELIEVED_MS);
+  if (member && (isLeaving || isNew)) return retry(`still ${member.lifecycleState} in ${member.group}`, 5);
   if (member) return skip(`${instance} is a member of ${member.group}: left alone`, "info");
-  if (!isMarked && isFresh) return retry(`carries no ${TAG.detached} yet`, 5);
+  if (!isMarked && isNew) return retry(`carries no ${TAG.detached} yet`, 5);
   if (!isMarked) return skip(`${instance} carries no ${TAG.detached}=${group}: left alone`, "warn");
   // The last chance to save its data: nothing is ended while that fails.
   if (old && work.options.persistence_dev) await protectData(ctx, work, old);
@@ -3448,7 +3490,7 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
   if (!source) return skip(`no volume of ${work.instance} waits to be moved`, "info");
   const log = work.log.with({ volume: source.id });
   const ageMs = cloudNow(ctx) - (work.notice.timeMs ?? 0);
-  const isPatient = ageMs < VOLUME_PATIENCE_MS;
+  const isPatient = isFresh(ctx, work, VOLUME_PATIENCE_MS);
   const target = await heir(ctx, work.instance);
   const member = target && (await ctx.cloud.member(target.id));
   if (!target || !member) {
@@ -4162,7 +4204,7 @@ async function waitForNode(ctx: Ctx, work: Work): Promise<Result> {
     const isIn = claim ? group.members.get(claim.id)?.lifecycleState === "InService" : standing === "healthy";
     if (round === 0 && (await isNodeless(ctx, cluster, work))) return done;
     if (isIn && (!claim || (await isNodeReady(ctx, cluster, work, claim.id, round)))) return done;
-    if (deadlineMs !== undefined) await tick(ctx, 1_000);
+    if (deadlineMs !== undefined) await tick(ctx, deadlineMs);
     else if (!isIn) return retry(`replacement ${claim?.id ?? ""} is ${standing}`, standing === "outside" ? 60 : 15);
     else if (cloudNow(ctx) < patienceEndsMs(ctx, work)) return retry(`the node of ${claim?.id} is not Ready`, 15);
     else {
@@ -4466,6 +4508,133 @@ async function checkCluster(ctx: Ctx, name: string, options: GroupOptions, log: 
   }
 }
 
+// ─── Steps: Consul ───────────────────────────────────────────────────────────────────────────────────────
+// Before an instance is detached its services leave Consul, at its own agent: maintenance mode first, so that whoever
+// watches sees it at once. That agent is on a machine that is about to go: it is asked once, has three seconds in all
+// and no more than the detach can spare, and whatever it does, the replacement goes on.
+
+const CONSUL_MS = 3_000;
+
+export type ConsulAccess = { scheme: "http" | "https"; token: string | undefined; tls: NonNullable<BunFetchRequestInit["tls"]> };
+
+/**
+ * Consul's environment variables, as its own tools read them (api.go: a token file wins over a token), but for the
+ * address, which is each agent's own, and a CONSUL_HTTP_SSL_VERIFY that is no boolean, which there means "no".
+ * `read` gives a file's text, `list` the files of a folder; both throw where that cannot be read.
+ */
+export function consulAccess(
+  env: Record<string, string | undefined>,
+  read: (path: string) => string,
+  list: (folder: string) => string[],
+): ConsulAccess {
+  const { CONSUL_HTTP_TOKEN_FILE: tokenFile, CONSUL_CACERT: ca, CONSUL_CAPATH: caFolder } = env;
+  const { CONSUL_CLIENT_CERT: cert, CONSUL_CLIENT_KEY: key, CONSUL_TLS_SERVER_NAME: name } = env;
+  if (!cert !== !key) throw new Error("CONSUL_CLIENT_CERT and CONSUL_CLIENT_KEY go together");
+  // Where both are set, the file counts.
+  const authorities = ca ? [read(ca)] : caFolder ? list(caFolder).map(read) : [];
+  return {
+    // The words of Go's strconv.ParseBool.
+    scheme: /^(1|[tT]|TRUE|[tT]rue)$/.test(env.CONSUL_HTTP_SSL ?? "") ? "https" : "http",
+    token: (tokenFile ? read(tokenFile).trim() : "") || env.CONSUL_HTTP_TOKEN || undefined,
+    tls: {
+      ...(authorities.length && { ca: authorities }),
+      ...(cert && key && { cert: read(cert), key: read(key) }),
+      ...(name && { serverName: name.replace(/:\d+$/, "") }),
+      ...(/^(0|[fF]|FALSE|[fF]alse)$/.test(env.CONSUL_HTTP_SSL_VERIFY ?? "") && { rejectUnauthorized: false }),
+    },
+  };
+}
+
+const agentSelf = v.object({
+  Config: v.optional(v.object({ NodeName: v.optional(v.string(), "") }), {}),
+  Member: v.optional(v.object({ Addr: v.optional(v.string(), "") }), {}),
+  Meta: v.optional(v.nullable(v.record(v.string(), v.string())), {}),
+});
+
+/** Why this agent is another instance's, as far as it tells: addresses are used again once their instance is gone. */
+export function whoseAgent(self: unknown, old: string, replacementAddress: string | undefined): string | undefined {
+  const known = v.safeParse(agentSelf, self);
+  if (!known.success) return undefined;
+  const { Config, Member, Meta } = known.output;
+  if (replacementAddress && Member.Addr === replacementAddress) return "it is the replacement's";
+  const ids: string[] = named(new Error([Config.NodeName, ...Object.values(Meta ?? {})].join(" ")));
+  return ids.length && !ids.includes(old) ? `it calls itself ${ids[0]}` : undefined;
+}
+
+async function deregister(ctx: Ctx, work: Work): Promise<Result> {
+  const { deps, state } = ctx;
+  if (work.left || state.deregisteredMs.has(work.instance)) return done;
+  state.deregisteredMs.set(work.instance, deps.now());
+  const limit = new AbortController();
+  const late = deps.sleep(CONSUL_MS, limit.signal).then(() => {
+    throw new Error(`no answer in ${CONSUL_MS / 1000} s`);
+  });
+  const asked = Promise.race([leaveConsul(ctx, work, limit.signal), late])
+    .catch((error: unknown) => work.log.warn(`Consul on ${work.instance}: ${errorText(error)}; going on`))
+    .finally(() => limit.abort(new Stopped("enough")));
+  // Five seconds before the deadline nothing is waited for: the agent is asked beside the detach.
+  const spareMs = work.deadlineMs === undefined ? CONSUL_MS : work.deadlineMs - 5_000 - cloudNow(ctx);
+  if (spareMs > 0) await Promise.race([asked, pause(ctx, Math.min(CONSUL_MS, spareMs))]);
+  return done;
+}
+
+/** Takes all services of the old instance's agent out of Consul. Throws what went wrong, as one line. */
+async function leaveConsul(ctx: Ctx, work: Work, signal: AbortSignal): Promise<void> {
+  const { instance, claim, log } = work;
+  const [old, replacement] = await Promise.all([instance, claim ?? instance].map((id) => ctx.cloud.instance(id)));
+  const address = old?.address;
+  if (old?.state !== "running" || !address) return log.info(`${instance} is ${old?.state ?? "gone"}: nothing asked of Consul`);
+  const other = replacement?.id === instance ? undefined : replacement?.address;
+  if (address === other) return log.warn(`${address} is the replacement's by now: nothing asked of Consul`);
+  const { scheme, token, tls } = consulAccess(
+    process.env,
+    (path) => readFileSync(path, "utf8"),
+    (folder) => readdirSync(folder).map((name) => `${folder}/${name}`),
+  );
+  const agent = `${scheme}://${address.includes(":") ? `[${address}]` : address}:${work.options.consul_port}`;
+  const ask = async (method: string, path: string) => {
+    const answer = await ctx.deps.fetch(`${agent}/v1/agent/${path}`, {
+      method,
+      signal,
+      headers: token ? { "X-Consul-Token": token } : {},
+      redirect: "manual",
+      keepalive: false, // the address may be another machine's the next time
+      ...(scheme === "https" && { tls }),
+    });
+    return {
+      status: answer.status,
+      text: await answer.text(),
+      isFiltered: answer.headers.has("X-Consul-Results-Filtered-By-ACLs"),
+    };
+  };
+  const refusal = (what: string, { status, text }: { status: number; text: string }) =>
+    `${what}: ${status} ${text.slice(0, 200).trim()}`;
+
+  // Without the right to read it nothing is known of whose it is.
+  const self = await ask("GET", "self");
+  const whose = self.status === 200 ? whoseAgent(JSON.parse(self.text), instance, other) : undefined;
+  if (whose) return log.warn(`the agent at ${address} is not ${instance}'s (${whose}): left alone`);
+  const reason = encodeURIComponent(`max_group: ${instance} is being replaced`);
+  const maintenance = await ask("PUT", `maintenance?enable=true&reason=${reason}`);
+  const list = await ask("GET", "services");
+  if (list.status !== 200) throw new Error(refusal("reading its services", list));
+  const ids = Object.keys(v.parse(v.record(v.string(), v.unknown()), JSON.parse(list.text)));
+  const faults: string[] = [];
+  const leave = async (id: string) => {
+    const answer = await ask("PUT", `service/deregister/${encodeURIComponent(id)}`);
+    // Gone already, such as a sidecar with its service.
+    const isGone = answer.status === 200 || (answer.status === 404 && /Unknown service/.test(answer.text));
+    if (!isGone) faults.push(refusal(`deregistering ${id}`, answer));
+  };
+  // An agent allows 200 connections from one address.
+  for (let n = 0; n < ids.length; n += 50) await Promise.all(ids.slice(n, n + 50).map(leave));
+  log.info(`deregistered ${ids.length - faults.length} services of ${instance} from Consul`);
+  if (maintenance.status !== 200) faults.push(refusal("maintenance mode", maintenance));
+  if (list.isFiltered) faults.push("the token may not see all of its services");
+  if (!ids.length && !token) faults.push("it shows no services, and with ACLs on it shows none without CONSUL_HTTP_TOKEN");
+  if (faults.length) throw new Error(faults.slice(0, 5).join("; "));
+}
+
 // ─── Instance manager ────────────────────────────────────────────────────────────────────────────────────
 // One loop over everything that carries our tag: it settles claims whose message was lost, ends the surplus and
 // the losers, puts maximums back and sweeps leaks. It reads before it acts, twice where an act cannot be undone,
@@ -4532,7 +4701,7 @@ function forget(ctx: Ctx, open: Ec2Instance[]): void {
   const alive = new Set(open.map((c) => c.id));
   for (const map of [ctx.state.outsideSince, ctx.state.actedMs])
     for (const key of map.keys()) if (!alive.has(key.split(" ")[0] ?? "")) map.delete(key);
-  for (const map of [ctx.state.detachSeenMs, ctx.state.finishedMs])
+  for (const map of [ctx.state.detachSeenMs, ctx.state.deregisteredMs, ctx.state.finishedMs])
     for (const [key, atMs] of map) if (ctx.deps.now() - atMs > 3_600_000) map.delete(key);
   for (const id of ctx.state.joined) if (!ctx.state.claims.has(id)) ctx.state.joined.delete(id);
   if (ctx.state.left.size > 10_000) ctx.state.left.clear(); // a memory to save calls, no more
@@ -5136,7 +5305,6 @@ async function warnings(ctx: Ctx, group: Group, options: GroupOptions, log: Log)
   const { name } = group;
   if (options.is_enable_preaction && !snapshotIntervalMinutes(ctx.state.config))
     log.warn("is_enable_preaction is set, and preaction_snapshot_interval_minutes is 0: no snapshot is ever taken");
-  for (const option of NOT_YET) if (options[option]) log.warn(`${option} is set, but this version does not act on it`);
   if (group.capacityRebalance)
     log.warn(`Capacity Rebalancing of ${name} is on: both would replace the same instance; switch it off`);
   if (group.suspended.has("Launch"))

@@ -3,7 +3,16 @@
 // (test/consul/build.sh); nothing is installed here.
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { Authority, areInstalled, CACHE, freePorts, ServerProcess, temporaryFolder, until } from "../kube/servers.ts";
+import {
+  Authority,
+  areInstalled,
+  CACHE,
+  type Certificate,
+  freePorts,
+  ServerProcess,
+  temporaryFolder,
+  until,
+} from "../kube/servers.ts";
 
 /** As pinned in go.mod, which is what was built. */
 export const CONSUL_VERSION =
@@ -19,6 +28,10 @@ export interface AgentsOptions {
   acl?: boolean;
   /** HTTPS, and no HTTP, on the agents' port; the certificates are by `caFile`. */
   tls?: boolean;
+  /** The certificates are for this name and no address, as those of `consul tls cert create` are. */
+  serverName?: string;
+  /** The agents take only clients with a certificate: `client`. */
+  mutual?: boolean;
 }
 
 export interface Service {
@@ -70,12 +83,15 @@ export class Agents {
   readonly addresses: string[];
   readonly #server: string;
   readonly #authority: Authority | undefined;
+  readonly #serverName: string | undefined;
+  /** With `mutual`. */
+  readonly client: Certificate | undefined;
   readonly #processes = new Map<string, ServerProcess>();
   readonly #removeFolder: () => void;
   #ports = { server: 0, gossip: 0 };
 
   /** Takes no time; `start` does. */
-  constructor({ addresses, server = "127.0.0.10", acl = false, tls = false }: AgentsOptions) {
+  constructor({ addresses, server = "127.0.0.10", acl = false, tls = false, serverName, mutual = false }: AgentsOptions) {
     const { folder, remove } = temporaryFolder("consul");
     this.folder = folder;
     this.#removeFolder = remove;
@@ -84,6 +100,8 @@ export class Agents {
     this.bootstrapToken = acl ? crypto.randomUUID() : undefined;
     this.#authority = tls ? new Authority(folder) : undefined;
     this.caFile = this.#authority?.certFile;
+    this.#serverName = serverName;
+    this.client = mutual ? this.#authority?.issue("client") : undefined;
   }
 
   async start(): Promise<void> {
@@ -109,7 +127,8 @@ export class Agents {
   #configOf(address: string, isServer: boolean): object {
     const { port, bootstrapToken } = this;
     const { server, gossip } = this.#ports;
-    const certificate = this.#authority?.issue(address, { addresses: [address] });
+    const names = this.#serverName === undefined ? { addresses: [address] } : { names: [this.#serverName] };
+    const certificate = this.#authority?.issue(address, names);
     return {
       node_name: `node-${address}`,
       ...{ bind_addr: address, client_addr: address, advertise_addr: address },
@@ -120,7 +139,14 @@ export class Agents {
         ...{ server, serf_lan: gossip, serf_wan: -1, dns: -1, grpc: -1, grpc_tls: -1 },
       },
       ...(certificate
-        ? { tls: { https: { ca_file: this.caFile, cert_file: certificate.certFile, key_file: certificate.keyFile } } }
+        ? {
+            tls: {
+              https: {
+                ...{ ca_file: this.caFile, cert_file: certificate.certFile, key_file: certificate.keyFile },
+                verify_incoming: this.client !== undefined,
+              },
+            },
+          }
         : {}),
       ...(bootstrapToken === undefined
         ? {}
@@ -173,11 +199,20 @@ export class Agents {
       body: body === undefined ? undefined : JSON.stringify(body),
       signal: AbortSignal.timeout(timeoutMs),
       keepalive: false, // else a connection of before a freeze or a stop
-      tls: this.caFile === undefined ? undefined : { ca: readFileSync(this.caFile, "utf8") },
+      tls: this.#tls(),
     });
     const text = await response.text();
     const isJson = response.headers.get("content-type")?.startsWith("application/json") ?? false;
     return { status: response.status, body: isJson ? JSON.parse(text) : text };
+  }
+  #tls(): BunFetchRequestInit["tls"] {
+    const read = (file: string) => readFileSync(file, "utf8");
+    if (this.caFile === undefined) return undefined;
+    return {
+      ca: read(this.caFile),
+      ...(this.client && { cert: read(this.client.certFile), key: read(this.client.keyFile) }),
+      ...(this.#serverName !== undefined && { serverName: this.#serverName }),
+    };
   }
   async #must(address: string, method: string, path: string, body?: object): Promise<unknown> {
     const answer = await this.request(address, method, path, { body });

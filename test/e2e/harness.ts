@@ -118,6 +118,8 @@ export class Scene {
   readonly queues: Queues;
   readonly samples: CapacitySample[] = [];
   readonly daemons: Daemon[] = [];
+  /** What the daemons find in their environment beside AWS's variables. */
+  readonly env: Record<string, string> = {};
   #served: Served;
   readonly #groups: Record<string, object> = {};
   readonly #before = new Map<string, { sizes: object; capacity: number }>();
@@ -208,7 +210,8 @@ export class Scene {
     if (!this.world.s3.buckets.has(BUCKET)) this.configure();
     const run = async () => {
       const [startMs, receives] = [performance.now(), this.receives];
-      const daemon = new Daemon(["-b", BUCKET, "-r", REGION, ...args], environment(this.folder, this.url), this.folder);
+      const env = { ...environment(this.folder, this.url), ...this.env };
+      const daemon = new Daemon(["-b", BUCKET, "-r", REGION, ...args], env, this.folder);
       this.daemons.push(daemon);
       let firstReceiveMs = 0;
       await this.until("the first receive", 20, () => {

@@ -146,11 +146,15 @@ export class Authority {
     this.#request("ca", "/CN=max_group test CA", ["basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign"], []);
   }
 
-  /** Good for a server at `addresses` and for a client; Kubernetes reads a user from `name`, its group from `organization`. */
-  issue(name: string, { organization, addresses = [] }: { organization?: string; addresses?: string[] } = {}): Certificate {
+  /** Good for a server at `addresses` or of these names, and for a client; Kubernetes reads a user from `name`, its group from `organization`. */
+  issue(
+    name: string,
+    { organization, addresses = [], names = [] }: { organization?: string; addresses?: string[]; names?: string[] } = {},
+  ): Certificate {
     const subject = `${organization === undefined ? "" : `/O=${organization}`}/CN=${name}`;
     const extensions = ["basicConstraints=critical,CA:FALSE", "extendedKeyUsage=serverAuth,clientAuth"];
-    if (addresses.length > 0) extensions.push(`subjectAltName=${addresses.map((address) => `IP:${address}`).join(",")}`);
+    const alternatives = [...addresses.map((address) => `IP:${address}`), ...names.map((dns) => `DNS:${dns}`)];
+    if (alternatives.length > 0) extensions.push(`subjectAltName=${alternatives.join(",")}`);
     const file = name.replace(/[^\w.-]/g, "_");
     return this.#request(file, subject, extensions, ["-CA", this.certFile, "-CAkey", join(this.#folder, "ca.key")]);
   }

@@ -1,5 +1,6 @@
 // Bugs that lives have found, each as the smallest scenario that shows it; BUGS.md tells their stories.
 import { expect, test } from "bun:test";
+import * as maxgroup from "../../maxgroup.ts";
 import { AwsError } from "../aws/world.ts";
 import { Stage } from "./harness.ts";
 
@@ -206,4 +207,45 @@ test("a replacement that was just released and still shows as protected does not
   await s.quiet(3600);
   const isProtected = [...(s.world.autoscaling.groups.get("web")?.members.values() ?? [])].map((m) => m.protected);
   expect(isProtected).toEqual([false, false, false]);
+});
+
+test("a notice from a year ahead about an instance that nobody knows is not waited for", async () => {
+  const s = new Stage();
+  s.group({ name: "web", ...three });
+  await s.start();
+  const detail = { "instance-id": "i-0b662ef9931388ba0", "instance-action": "terminate" };
+  const event = JSON.parse(s.world.event("EC2 Spot Instance Interruption Warning", "aws.ec2", [], detail));
+  s.world.sendRaw(s.queues.interruption, JSON.stringify({ ...event, time: "2027-01-01T00:00:00Z" }));
+  await s.seconds(60);
+  expect(s.isQuiet()).toBe(true);
+});
+
+test("half an answer about a group changes no size", async () => {
+  const s = new Stage({
+    program: {
+      ...maxgroup,
+      makeContext: (deps, config, signal) => {
+        const send = async (...args: Parameters<typeof deps.autoScaling.send>) => {
+          const answer: unknown = await deps.autoScaling.send(...args);
+          const groups = s.clock.now() < untilMs ? ((answer as { AutoScalingGroups?: object[] }).AutoScalingGroups ?? []) : [];
+          for (const g of groups) Reflect.deleteProperty(g, "MaxSize");
+          return answer;
+        };
+        return maxgroup.makeContext({ ...deps, autoScaling: { send } as typeof deps.autoScaling }, config, signal);
+      },
+    },
+  });
+  let untilMs = 0;
+  const old = first(s.group({ name: "web", ...three }));
+  await s.start();
+  const set: unknown[] = [];
+  s.world.intercept = ({ operation, input }) => {
+    if (operation === "UpdateAutoScalingGroup") set.push(input);
+    return undefined;
+  };
+  untilMs = s.clock.now() + 40_000;
+  s.world.interrupt(old);
+  await s.quiet(3600);
+  expect(set).toEqual([]);
+  s.check([old], { web: [3, 5, 3] });
 });

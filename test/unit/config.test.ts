@@ -229,6 +229,24 @@ describe("what is refused", () => {
     expect(said).toMatch(/three (different )?queues/);
   });
 
+  test.each([["["], ['{"a":']])("nesting without end is a fault like any other: %s", (open) => {
+    expect(faultsOf(open.repeat(50_000))).toEqual(["service_config.json is nested too deeply: more than 100 levels"]);
+    const inText = JSON.stringify(configOf({ [open.repeat(120).slice(0, 255)]: {} }));
+    expect(faultsOf(inText)).toEqual([]);
+  });
+
+  test("a hundred faults are named, and the others counted", () => {
+    const many = Object.fromEntries(Array.from({ length: 150 }, (_, n) => [`nonsense${n}`, n]));
+    const said = faults(configOf({ web: many }));
+    expect([said[0], said.length, said.at(-1)]).toEqual(["service_config.json has 150 faults:", 102, "  and 50 more"]);
+  });
+
+  test("a group's name that AWS refuses would take the others' calls down with it", () => {
+    for (const name of ["", "x".repeat(256)])
+      expect(faults(configOf({ web: {}, [name]: {} }))[1]).toContain("1 to 255 characters");
+    expect(faults(configOf({ ["x".repeat(255)]: {} }))).toEqual([]);
+  });
+
   test("two queues may not be one", () => {
     const { global } = configOf();
     for (const name of ["detach_evt_sqs", "termination_evt_sqs"])

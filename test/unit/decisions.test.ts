@@ -152,6 +152,12 @@ describe("how an instance left its group", () => {
     for (const tag of [true, false]) expect(howItLeft([activity(verb, cause)], id, tag)).toBe("substituted");
   });
 
+  test("an activity that lacks its cause tells nothing, and the next one is asked", () => {
+    const silent = { ...activity("Detaching", ""), Cause: undefined };
+    expect(howItLeft([silent], id, false)).toBe("unknown");
+    expect(howItLeft([silent, activity("Detaching", shrinking)], id, false)).toBe("decremented");
+  });
+
   test("the newest activity counts, which stands first", () => {
     const old = activity("Detaching", `${at} instance ${id} was detached in response to a user request, ${shrinking}.`);
     const now = activity("Terminating", `${at} an instance was taken out of service in response to an EC2 health check.`);
@@ -491,6 +497,16 @@ describe("AWS's answers become plain records", () => {
   test("a launch configuration is no template, and a group without a name no group", () => {
     expect(toGroup({ ...bare, LaunchConfigurationName: "lc" })?.template).toBeUndefined();
     expect(toGroup({ ...bare, AutoScalingGroupName: undefined })).toBeUndefined();
+  });
+
+  // A maximum of 0 would be raised to desired + 1, and that would end members.
+  test.each(["MinSize", "MaxSize", "DesiredCapacity"])("a group without its %s is no answer", (key) => {
+    expect(() => toGroup({ ...bare, [key]: undefined })).toThrow(`AWS's answer for web lacks ${key}`);
+  });
+
+  test("nor is one with a member that has no state", () => {
+    const member = { InstanceId: "i-1", AvailabilityZone: "a", HealthStatus: "Healthy", ProtectedFromScaleIn: false };
+    expect(() => toGroup({ ...bare, Instances: [{ ...member, LifecycleState: undefined }] })).toThrow("lacks LifecycleState");
   });
 
   test("of a group's tags those it propagates go onto what we launch, without our own and AWS's", () => {
