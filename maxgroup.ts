@@ -1514,14 +1514,16 @@ const DETACH = "MaxGroup Detach";
 const TERMINATION = "MaxGroup Termination";
 
 /** What travels in every copy and follow-up, so that what is begun is finished with the options it began with. */
+/** Until the year 2100: what lies beyond is no time that anybody meant, and a Date may not hold it. */
+const momentMs = v.pipe(v.number(), v.minValue(0), v.maxValue(Date.UTC(2100)));
 const carriedSchema = v.object({
   group: groupName,
   kind: v.picklist(["interruption", "rebalance", "maintenance", "preaction"]),
   notice: v.string(),
   /** Milliseconds since 1970; absent: no hard deadline. */
-  deadlineMs: v.optional(v.number()),
+  deadlineMs: v.optional(momentMs),
   /** Not before this time: SQS carries a delay of 900 s at most, so a longer one is sent on again. */
-  dueMs: v.optional(v.number()),
+  dueMs: v.optional(momentMs),
   oldProtected: v.optional(v.boolean(), false),
   detachSent: v.optional(v.boolean(), false),
   /** Preaction: the types that will do instead, a list for each band, the best one first. */
@@ -1663,8 +1665,8 @@ export const TABLE: Record<QueueName, Step[]> = {
     { name: "attach", run: attach },
     { name: "send detach message", when: hasNoDeadline, run: sendDetachMessage },
     { name: "protect volume", when: (work) => hasVolume(work) && hasNoDeadline(work), run: protectVolume },
-    { name: "remember how it came out", when: isPreaction, run: rememberOutcome },
     { name: "cordon", when: (work) => hasPods(work) && hasNoDeadline(work), run: cordon },
+    { name: "remember how it came out", when: isPreaction, run: rememberOutcome },
   ],
   detach_evt_sqs: [
     { name: "protect volume", when: "persistence_dev", run: protectVolume },

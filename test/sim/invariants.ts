@@ -145,6 +145,7 @@ export class Watch {
   /** The types that preaction has named as better, by old instance; none for a fallback. */
   readonly #better = new Map<string, Set<string>>();
   readonly #detachedMs = new Map<string, number>();
+  readonly #asideMs = new Map<string, number>();
 
   constructor(world: World, queues: Queues, traits: Traits) {
     this.#world = world;
@@ -259,6 +260,7 @@ export class Watch {
         this.#outOfServiceMs.delete(id);
       }
     this.data.see(what, ids, groupName);
+    if (what === "standby") for (const id of ids) this.#asideMs.set(id, now);
     const expected = groupName === undefined ? undefined : this.groups.get(groupName);
     if (what === "group deleted" && expected) expected.deleted = true;
     const isBalancing = /to aid in balancing/.test(detail ?? "");
@@ -416,6 +418,9 @@ export class Watch {
       this.find("choice", `${what}, which has ${kind === "soft" ? "no deadline" : "no fallback"}`);
     for (const [key, { value, propagate }] of group.tags)
       if (propagate && claim.tags.get(key) !== value) this.find("choice", `${what} without the group's tag ${key}`);
+    const asideMs = this.#asideMs.get(old) ?? Number.POSITIVE_INFINITY;
+    if (group.members.get(old)?.state === "Standby" && asideMs < this.#world.now() - this.#traits.lagMs)
+      this.find("choice", `${what}, which is in Standby`);
     // Somebody must own the deadline, whatever becomes of the launch.
     if (kind === "hard" && !this.#sentMs.has(`detach ${old}`)) this.find("choice", `${what} before a detach message was sent`);
     if (kind !== "soft") return;

@@ -75,11 +75,13 @@ const FEATURES = {
   preaction: 0.35,
   /** The configuration is read from S3 every minute; now and then S3 is away, or what lies there is broken. */
   s3: 0.25,
+  /** A member is put in Standby, and then interrupted. */
+  aside: 0.15,
 } as const;
 export type Feature = keyof typeof FEATURES;
 export const featureNames = Object.keys(FEATURES) as Feature[];
 /** Younger than the rest: each is drawn from a stream of its own, so that the lives of before stay as they were. */
-const LATER = new Set<Feature>(["volumes", "slowVolumes", "zoneDroughts", "generations", "s3", "preaction"]);
+const LATER = new Set<Feature>(["volumes", "slowVolumes", "zoneDroughts", "generations", "s3", "preaction", "aside"]);
 /** What a quiet life may have: nothing of it takes anything away. */
 const GENTLE = new Set<Feature>([
   "waves",
@@ -218,7 +220,7 @@ class Life {
     const skews = Array.from({ length: count }, () => (has("skew") ? skew.between([-20_000, 20_000]) : 0));
     const isFaulty = ["throttles", "errors", "hangs", "slowness", "deafness", "buckets"].some((f) => has(f as Feature));
     const isShaken = ["kills", "sigterms", "sqs", "lostDeletes"].some((f) => has(f as Feature));
-    const isOperated = ["operator", "meddling", "removal", "reconfiguration"].some((f) => has(f as Feature));
+    const isOperated = ["operator", "meddling", "removal", "reconfiguration", "aside"].some((f) => has(f as Feature));
     const traits: Traits = {
       strict: this.#isQuiet,
       prompt: !isFaulty && !isShaken && !has("stale") && !has("latency") && !has("skew") && !isOperated,
@@ -990,6 +992,7 @@ class Life {
     };
     often("operator", [1, 5], (stream, name) => this.#operate(stream, name));
     often("meddling", [1, 4], (stream, name) => this.#meddle(stream, name));
+    often("aside", [1, 2], (stream, name) => this.#putAside(stream, name));
     often("removal", [1, 1], (_, name) => {
       this.#say(`operator: removes ${name}`);
       this.#watch.operate("autoscaling", "DeleteAutoScalingGroup", { AutoScalingGroupName: name, ForceDelete: true });
@@ -1095,6 +1098,26 @@ class Life {
     expected.resized = true;
     expected.below += member.weight;
     expected.above += member.weight;
+  }
+
+  #putAside(random: Random, name: string): void {
+    const group = this.#stage.world.autoscaling.groups.get(name);
+    const expected = this.#watch.groups.get(name);
+    const id = pick(
+      random,
+      this.#spotMembers(name).filter((member) => !this.#watch.isInHand(member)),
+    );
+    if (!group || !expected || !id) return;
+    const before = group.desired;
+    const input = { AutoScalingGroupName: name, InstanceIds: [id], ShouldDecrementDesiredCapacity: random.chance(0.5) };
+    this.#say(`operator: EnterStandby ${id} of ${name}`);
+    if (!this.#watch.operate("autoscaling", "EnterStandby", input)) return;
+    expected.desired += group.desired - before;
+    if (expected.desired < expected.min) expected.resized = true;
+    this.#stage.world.after(random.between([10_000, 2 * MINUTE]), () => {
+      const { state } = this.#stage.world.instance(id);
+      if (!this.#isOver && state === "running" && !this.#watch.isInHand(id)) this.#interrupt(random, id);
+    });
   }
 
   /** A group leaves the configuration, and comes back; each daemon hears of it within a minute. */

@@ -164,6 +164,12 @@ export const MUTATIONS: Mutation[] = [
     name: "a long delay ends with SQS's own",
     edits: [[/if \(dueMs !== undefined && dueMs - cloudNow\(ctx\) > 1_000\) return[^\n]*/, ""]],
   },
+  {
+    name: "one in Standby is replaced",
+    edits: [
+      [/if \(lifecycleState === "InService"\) return "go on";/, 'if (/InService|Standby/.test(lifecycleState)) return "go on";'],
+    ],
+  },
 ];
 
 const FOLDER = join(import.meta.dir, "../../node_modules/.cache/mutants");
