@@ -78,7 +78,10 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "the replacement stays protected from scale-in",
-    edits: [[/await protect\(ctx, name, isKept\(false\), false\);/, ""]],
+    edits: [
+      [/lane\(ctx, name\)\.release\(c\.id\)/, "undefined"],
+      [/\(c\) => wasReleased\(ctx, c\) && /, "() => false && "],
+    ],
   },
   {
     name: "nobody looks for an earlier launch",
@@ -152,7 +155,7 @@ export const MUTATIONS: Mutation[] = [
   { name: "an original that was copied does not say so", edits: [[/await ctx\.cloud\.tag\(\[source\.id\], [^\n]*/, ""]] },
   {
     name: "any number is in hand without a deadline",
-    edits: [[/if \(inHand >= limit\) return retry/, "if (false) return retry"]],
+    edits: [[/if \(inHand >= limit\) return later/, "if (false) return later"]],
   },
   { name: "what is young is replaced", edits: [[/if \(old && cloudNow\(ctx\) - old\.launchedMs < YOUNG_MS\)/, "if (false)"]] },
   {
