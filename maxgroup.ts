@@ -3243,9 +3243,13 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
     work.log.info(`${instance} has left ${group} already`);
     // A crash between detach and settling: finish it here, where it is known whether the old one was protected.
     const now = await ctx.cloud.group(group);
+    // A later notice knows less: the old one was no member any more when it came.
+    const known = claim ? (ctx.state.claims.get(claim) ?? (await ctx.cloud.instance(claim))) : undefined;
+    const settledBefore = known !== undefined && isSettled(known);
     if (
       now &&
       claim &&
+      !settledBefore &&
       now.members.get(claim)?.lifecycleState === "InService" &&
       (await fateOf(ctx, now, instance)) === "decremented"
     )

@@ -249,3 +249,24 @@ test("half an answer about a group changes no size", async () => {
   expect(set).toEqual([]);
   s.check([old], { web: [3, 5, 3] });
 });
+
+test("a second notice, read when the old one has left, does not take the replacement's protection away", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three, protected: true }));
+  const daemon = await s.start();
+  let isOut = false;
+  s.world.intercept = ({ operation }) => {
+    if (operation === "DetachInstances" && !isOut) {
+      isOut = true;
+      daemon.kill();
+    }
+    return undefined;
+  };
+  s.world.interrupt(old);
+  await s.until(() => isOut, 300);
+  s.world.interrupt(old, { withoutReclaim: true });
+  await s.seconds(5);
+  await s.start();
+  await s.quiet(3600);
+  s.check([old], { web: [3, 5, 3] });
+});

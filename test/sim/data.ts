@@ -26,6 +26,7 @@ export interface Surroundings {
   claims: () => Iterable<string>;
   /** Who acts at this moment. */
   actor: () => "daemon" | "operator" | "world";
+  lagMs: number;
 }
 
 /** What became of the data volumes: every one is counted in one place. */
@@ -257,7 +258,10 @@ export class DataWatch {
       this.#around.find(`${what}, which is nobody's data`);
       return;
     }
-    if (volume.attachment || !this.#isComplete(volume)) this.#around.find(`${what} was made while its instance may still write`);
+    // Another daemon may have attached it since it was read: nobody uses this one, then.
+    const sinceMs = this.#now() - (volume.attachment?.attachedAtMs ?? Number.NEGATIVE_INFINITY);
+    const isHeld = volume.attachment !== undefined && sinceMs > this.#around.lagMs;
+    if (isHeld || !this.#isComplete(volume)) this.#around.find(`${what} was made while its instance may still write`);
     const tags = new Map(TagSpecifications.flatMap((s) => s.Tags ?? []).map(({ Key = "", Value = "" }) => [Key, Value]));
     this.#tagged({ id: snapshot, tags }, what);
     if (tags.get("spotmax:volume") !== VolumeId) this.#around.find(`${what} names ${tags.get("spotmax:volume")}`);

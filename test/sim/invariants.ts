@@ -157,6 +157,7 @@ export class Watch {
       oldOf: (id) => this.claims.get(id)?.old,
       claims: () => this.claims.keys(),
       actor: () => this.#actor,
+      lagMs: traits.lagMs,
     });
     // Before the record is made, because the samplers of capacity hear of the record.
     const record = world.record.bind(world);
@@ -283,6 +284,13 @@ export class Watch {
       // So the group may take one on its way out for a surplus of its own making, and say that it shrinks.
       if (expected.weighted && this.#actor === "world" && what === "terminating" && this.isInHand(id))
         expected.above += this.#weightOf(groupName, id);
+      // One too many that AWS takes before it was ended is substituted, too, and nothing of ours is left to be ended.
+      const claim = this.claims.get(id);
+      const isSurplus = claim && !this.#instance(id)?.tags.has("spotmax:attached") && !this.#isMember(claim.old, groupName);
+      if (isDeath && this.#actor === "world" && isSurplus) {
+        expected.above += this.#weightOf(groupName, id);
+        expected.resized = true;
+      }
       if (isExcused) expected.floor -= this.#weightOf(groupName, id);
       const notice = this.notices.get(id);
       if (isDeath && this.#actor === "world" && this.#traits.prompt && notice?.owed && notice.inTime)
@@ -314,6 +322,9 @@ export class Watch {
   #wasInService(id: string): boolean {
     const outMs = this.#outOfServiceMs.get(id) ?? Number.POSITIVE_INFINITY;
     return this.#inServiceMs.has(id) && outMs >= this.#world.now() - this.#traits.lagMs;
+  }
+  #isMember(id: string, group: string | undefined): boolean {
+    return this.#world.autoscaling.groups.get(group ?? "")?.members.get(id)?.state === "InService";
   }
   #groupOf(instance: Instance | undefined): Group | undefined {
     return instance?.group === undefined ? undefined : this.#world.autoscaling.groups.get(instance.group);

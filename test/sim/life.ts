@@ -11,7 +11,7 @@ import type { VolumeSpec } from "../aws/ebs.ts";
 import { AwsError, type Call, type Fault, type GroupSpec, type Service } from "../aws/world.ts";
 import type { Account } from "./data.ts";
 import { type Daemon, type Program, Stage } from "./harness.ts";
-import { type Finding, type Traits, Watch } from "./invariants.ts";
+import { type Expected, type Finding, type Traits, Watch } from "./invariants.ts";
 
 /** How often each feature is there in a life that is not a quiet one. */
 const FEATURES = {
@@ -1092,12 +1092,21 @@ class Life {
     const input = act === "TerminateInstanceInAutoScalingGroup" ? { InstanceId: id, ShouldDecrementDesiredCapacity } : many;
     if (!this.#watch.operate("autoscaling", act, input)) return;
     expected.desired += group.desired - before;
-    // Below the minimum it could go only because ours stood beside an old one: what that leaves is no size of anybody's.
-    if (expected.desired < expected.min) expected.resized = true;
+    this.#belowMinimum(expected);
     if (!isInHand) return;
     expected.resized = true;
     expected.below += member.weight;
     expected.above += member.weight;
+  }
+
+  /**
+   * Below the minimum it could go only because ours stood beside an old one: what that leaves is no size of anybody's,
+   * and with weights not even the minimum.
+   */
+  #belowMinimum(expected: Expected): void {
+    if (expected.desired >= expected.min) return;
+    expected.resized = true;
+    if (expected.weighted) expected.above++;
   }
 
   #putAside(random: Random, name: string): void {
@@ -1113,7 +1122,7 @@ class Life {
     this.#say(`operator: EnterStandby ${id} of ${name}`);
     if (!this.#watch.operate("autoscaling", "EnterStandby", input)) return;
     expected.desired += group.desired - before;
-    if (expected.desired < expected.min) expected.resized = true;
+    this.#belowMinimum(expected);
     this.#stage.world.after(random.between([10_000, 2 * MINUTE]), () => {
       const { state } = this.#stage.world.instance(id);
       if (!this.#isOver && state === "running" && !this.#watch.isInHand(id)) this.#interrupt(random, id);
