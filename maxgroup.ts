@@ -505,6 +505,8 @@ const RETRYABLE = new Set(
    RequestTimeTooSkewed NetworkingError ECONNREFUSED ECONNRESET EPIPE ETIMEDOUT ENOTFOUND EAI_AGAIN ConnectionRefused
    ConnectionClosed FailedToOpenSocket UND_ERR_SOCKET`.split(/\s+/),
 );
+/** Too fast: nothing of it was done. */
+const THROTTLED = /Throttl|RequestLimitExceeded|TooManyRequests/;
 /** This choice of pools has nothing for us now: go on with the next one. */
 const CAPACITY = new Set(
   `InsufficientInstanceCapacity InsufficientHostCapacity InsufficientReservedInstanceCapacity InsufficientCapacity
@@ -549,6 +551,8 @@ function tellTime({ deps, state }: Ctx, offsetMs: number): void {
 
 /** The program is being stopped; what was waiting gives way. */
 class Stopped extends Error {}
+/** Likewise, and what it was about to ask of AWS has had no effect. */
+class Unsent extends Stopped {}
 
 /** Waits, but not beyond the program's own end. */
 async function pause(ctx: Ctx, ms: number): Promise<void> {
@@ -580,10 +584,12 @@ async function aws<T>(
   send: (options: { abortSignal: AbortSignal }) => Promise<T>,
   { tries = 6, timeoutMs = 15_000 }: { tries?: number; timeoutMs?: number } = {},
 ): Promise<T> {
+  let mayBeOut = false; // what was refused for its pace is not
   for (let attempt = 1; ; attempt++) {
     const limit = new AbortController();
     const done = new AbortController();
     try {
+      if (attempt > 1) await pause(ctx, ctx.deps.random() * Math.min(4_000, 75 * 2 ** attempt));
       return await Promise.race([
         send({ abortSignal: limit.signal }),
         ctx.deps.sleep(timeoutMs, done.signal).then(() => {
@@ -593,9 +599,10 @@ async function aws<T>(
         }),
       ]);
     } catch (cause) {
+      if (cause instanceof Stopped) throw mayBeOut ? cause : new Unsent("stopping", { cause });
       if (attempt >= tries || !isRetryable(cause)) throw new Error(doing, { cause });
+      mayBeOut ||= !THROTTLED.test(errorName(cause));
       ctx.deps.log.debug(`${doing}: ${errorText(cause)}; trying again`, { error: errorName(cause), attempt });
-      await pause(ctx, ctx.deps.random() * Math.min(4_000, 150 * 2 ** attempt));
     } finally {
       // The loser of the race has no listener left.
       done.abort(new Stopped("answered"));
@@ -609,8 +616,8 @@ async function aws<T>(
 // and faster again as long as nothing is refused. What changes something goes before what only reads.
 
 export type Pace = {
-  /** Waits for its turn and uses it; `rank` 0 goes first. Rejects when the program stops. */
-  take: (rank: number) => Promise<void>;
+  /** Waits for its turn and uses it; `rank` 0 goes first. Rejects when the program stops, or its own caller gives up. */
+  take: (rank: number, signal?: AbortSignal) => Promise<void>;
   /** Waits until a turn is free, and leaves it there. */
   room: () => Promise<void>;
   granted: () => void;
@@ -624,7 +631,7 @@ export function makePace(
   { burst = Number.POSITIVE_INFINITY, perSecond = Number.POSITIVE_INFINITY } = {},
 ): Pace {
   type Waiting = { rank: number; uses: number; go: () => void; stop: (reason: unknown) => void };
-  const waiting: Waiting[] = [];
+  let waiting: Waiting[] = [];
   const grants: number[] = [];
   let [tokens, rate, atMs, cutMs, isPumping] = [burst, perSecond, deps.now(), Number.NEGATIVE_INFINITY, false];
   const lastSecond = () => {
@@ -657,7 +664,7 @@ export function makePace(
     }
     isPumping = false;
   };
-  const wait = (rank: number, uses: number) => {
+  const wait = (rank: number, uses: number, caller?: AbortSignal) => {
     if (!isPumping) refill();
     if (!waiting.length && tokens >= 1) {
       tokens -= uses;
@@ -665,12 +672,18 @@ export function makePace(
     }
     return new Promise<void>((go, stop) => {
       const place = waiting.findIndex((w) => w.rank > rank);
-      waiting.splice(place < 0 ? waiting.length : place, 0, { rank, uses, go, stop });
+      const mine = { rank, uses, go, stop };
+      waiting.splice(place < 0 ? waiting.length : place, 0, mine);
+      // Late, it would be sent beside the next try, or against what was decided since.
+      caller?.addEventListener("abort", () => {
+        waiting = waiting.filter((w) => w !== mine);
+        stop(caller.reason);
+      });
       if (!isPumping) void pump();
     });
   };
   return {
-    take: (rank) => wait(rank, 1),
+    take: (rank, caller) => wait(rank, 1, caller),
     room: () => wait(1, 0),
     granted: () => {
       grants.push(deps.now());
@@ -700,17 +713,16 @@ function bucketOf(service: "ec2" | "autoscaling" | "elb", operation: string): st
   if (service !== "ec2") return service;
   return OWN_BUCKET.has(operation) ? `ec2 ${operation}` : isRead(operation) ? "ec2 reads" : "ec2 changes";
 }
-const THROTTLED = /Throttl|RequestLimitExceeded|TooManyRequests/;
 
 /** The same client, at AWS's pace. */
 function paced<C extends { send: unknown }>(ctx: Ctx, service: "ec2" | "autoscaling" | "elb", client: C): C {
-  type Send = (command: { schema?: unknown }, options?: unknown) => Promise<unknown>;
+  type Send = (command: { schema?: unknown }, options?: { abortSignal?: AbortSignal }) => Promise<unknown>;
   const inner = client.send as Send;
   const send: Send = async (command, options) => {
     // [kind, namespace, name, ...]: a class's own name does not outlive the minifier.
     const operation = Array.isArray(command.schema) ? String(command.schema[2]) : "";
     const pace = paceOf(ctx, bucketOf(service, operation));
-    await pace.take(isRead(operation) ? 1 : 0);
+    await pace.take(isRead(operation) ? 1 : 0, options?.abortSignal);
     try {
       const answer = await inner.call(client, command, options);
       pace.granted();
@@ -2456,6 +2468,7 @@ async function launchBatch(ctx: Ctx, name: string, items: LaunchItem[]): Promise
   try {
     ids = call.asksForSpot ? await runInstances(ctx, call) : await createFleet(ctx, call);
   } catch (error) {
+    if (error instanceof Unsent) for (const { work } of items) work.launchOut = false;
     // Nobody knows what became of the call: going on with other parameters could launch twice.
     if (error instanceof Stopped || isRetryable(error)) throw error;
     refused(ctx, call, error);

@@ -603,3 +603,25 @@ test("a replacement is protected from scale-in beside its old one, though AWS re
   const claim = first(s.openClaims());
   expect(s.world.autoscaling.groups.get("web")?.members.get(claim)?.protected).toBe(true);
 });
+
+test("SIGTERM while launches wait for their pace gives their messages back at once, and nothing is launched twice", async () => {
+  const s = new Stage({ latencyMs: [50, 100] });
+  const names = Array.from({ length: 12 }, (_, n) => `g${n}`);
+  const olds = names.map((name) => first(s.group({ name, ...three })));
+  s.world.buckets = true;
+  s.world.bucketSizes["ec2:mutation"] = [2, 0.3];
+  const d = await s.start();
+  await s.seconds(2);
+  for (const old of olds) s.world.interrupt(old);
+  await s.seconds(5);
+  expect(claims(s).length).toBeLessThan(8);
+  const errors = () => s.lines.filter((line) => line.startsWith("ERRO")).length;
+  const before = errors();
+  await s.stop(d);
+  expect(errors()).toBe(before);
+  expect(s.world.queueDepth(s.queues.interruption).inFlight).toBe(0);
+  s.world.bucketSizes["ec2:mutation"] = [50, 5];
+  await s.start();
+  const all = Object.fromEntries(names.map((name) => [name, [3, 5, 3] as [number, number, number]]));
+  await ends(s, olds, all);
+});

@@ -81,6 +81,24 @@ describe("the pace of a request bucket", () => {
     expect(clock.now()).toBe(startMs);
   });
 
+  test("whose caller has given up takes no turn, and holds up nobody", async () => {
+    const { clock, pace } = stage({ burst: 1, perSecond: 1 });
+    await pace.take(0);
+    const given = new AbortController();
+    const order: string[] = [];
+    const add = (name: string, signal?: AbortSignal) =>
+      void pace.take(0, signal).then(
+        () => order.push(name),
+        () => order.push(`${name} gave up`),
+      );
+    add("detach", given.signal);
+    add("attach");
+    await clock.advance(500);
+    given.abort(new Error("no answer in 15 s"));
+    await clock.advance(600);
+    expect(order).toEqual(["detach gave up", "attach"]);
+  });
+
   test("who waits is told when the program stops", async () => {
     const { clock, stop, pace } = stage({ burst: 1, perSecond: 0.001 });
     await pace.take(0);
