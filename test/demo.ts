@@ -86,7 +86,7 @@ async function answer(service: Service, operation: string, input: object, option
       const text = JSON.stringify(input);
       const kind = /"DefaultTargetCapacityType":"on-demand"/.test(text) ? "on-demand" : "spot";
       const pools = (text.match(/"SubnetId"/g) ?? []).length;
-      const asked = `asks for ${kind === "spot" ? kind : magenta(kind)} in ${pools} pool${pools === 1 ? "" : "s"}`;
+      const asked = `wants ${kind === "spot" ? kind : magenta(kind)}, ${pools} pool${pools === 1 ? "" : "s"}`;
       tell(atMs, scene, operation, got ? `${asked}: ${describe(got)}` : `${asked}: ${yellow("nothing to be had")}`);
     }
   }
