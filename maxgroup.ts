@@ -2057,8 +2057,9 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
 
   // Before anything can fail, for it travels in every copy. A replacement that is itself replaced is protected by us.
   const claim = ctx.state.claims.get(instance);
-  const isOurs = member && !notice.carried && claim && (!isSettled(claim) || wasReleased(ctx, claim));
-  if (member && !notice.carried) work.oldProtected = member.isProtected && !isOurs;
+  const isOurs = member && !notice.carried && claim && !isSettled(claim);
+  const kept = claim && keptSince(ctx, claim);
+  if (member && !notice.carried) work.oldProtected = (kept ?? member.isProtected) && !isOurs;
   const [group, old] = await Promise.all([ctx.cloud.group(name), ctx.cloud.instance(instance)]);
   work.old = old;
   // Where nobody can tell any more (it has just left), it was as its group has them.
@@ -3174,16 +3175,16 @@ async function settle(
 /** In `spotmax:attached`, after the time: the old one was protected from scale-in, and so its replacement stays. */
 const KEPT = "protected";
 
-/** Settled in the last minutes, without its old one's protection: what still shows is ours. */
-function wasReleased(ctx: Ctx, claim: Ec2Instance): boolean {
+/** Whether a claim that was settled in the last minutes stays protected: what its group shows of that may be older. */
+function keptSince(ctx: Ctx, claim: Ec2Instance): boolean | undefined {
   const [time = "", kept] = claim.tags[TAG.attached]?.split(" ") ?? [];
-  return cloudNow(ctx) - Date.parse(time) < 600_000 && kept !== KEPT;
+  return cloudNow(ctx) - Date.parse(time) < 600_000 ? kept === KEPT : undefined;
 }
 
 /** A call that protects may arrive after the one that releases: for some minutes what is settled is released again. */
 async function release(ctx: Ctx, group: Group): Promise<void> {
   if (group.protectsNew) return;
-  const late = [...ctx.state.claims.values()].filter((c) => wasReleased(ctx, c) && group.members.get(c.id)?.isProtected);
+  const late = [...ctx.state.claims.values()].filter((c) => keptSince(ctx, c) === false && group.members.get(c.id)?.isProtected);
   await protect(
     ctx,
     group.name,

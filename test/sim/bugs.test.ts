@@ -270,3 +270,19 @@ test("a second notice, read when the old one has left, does not take the replace
   await s.quiet(3600);
   s.check([old], { web: [3, 5, 3] });
 });
+
+test("a replacement interrupted just after it was released does not hand on a protection that is over", async () => {
+  for (let seed = 1; seed <= 10; seed++) {
+    const s = new Stage({ seed, staleMs: 5_000 });
+    const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 0 }));
+    await s.start();
+    s.world.interrupt(old);
+    const one = await inService(s);
+    await s.until(() => s.world.instance(one).tags.has("spotmax:attached"), 120);
+    s.world.interrupt(one);
+    await s.quiet(3600);
+    await s.seconds(200);
+    for (const [id, m] of s.world.autoscaling.groups.get("web")?.members ?? [])
+      expect([seed, id, m.protected]).toEqual([seed, id, false]);
+  }
+});

@@ -783,7 +783,14 @@ export class Watch {
           if (!this.#sentMs.has(`detach ${id}`)) this.find("7", `${what} before a detach message was sent`);
         }
         // Without one, having nobody launched is an end; having one launched and left alone is not.
-        else if (SOFT.has(event.type) && isOn && !isOwned && claims.length && (!attached || !this.#sentMs.has(`detach ${id}`)))
+        // One that is itself reclaimed before it was attached is a rung that failed.
+        else if (
+          SOFT.has(event.type) &&
+          isOn &&
+          !isOwned &&
+          claims.some((c) => !this.#instance(c)?.tags.has("spotmax:lost")) &&
+          (!attached || !this.#sentMs.has(`detach ${id}`))
+        )
           this.find("7", `${what}, and ${claims.join(" ")} was launched for it and left alone`);
         else if (event.ids.length > 1 && expected.maintenance && couldLaunch && !sentSince("interruption", id))
           this.find("7", `${what}, and no message of its own was sent`);
