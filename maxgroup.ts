@@ -1931,7 +1931,7 @@ async function handle(ctx: Ctx, key: string, work: Work): Promise<void> {
     const result = await runSteps(ctx, work);
     if (result.is === "retry") {
       work.log.debug(`later: ${result.reason}`, { afterSeconds: result.afterSeconds });
-      await sendCopy(ctx, work, result.afterSeconds);
+      while (!(await sendCopy(ctx, work, result.afterSeconds))) await pause(ctx, 1_000);
     } else if (result.is === "skip") work.log[result.level](result.reason);
     await remove().catch((error: unknown) => {
       work.log.debug(`deleting a finished message: ${errorText(error)}`); // it comes again, and is deleted then
@@ -1982,15 +1982,22 @@ function carriedBy(work: Work, dueMs?: number): Carried {
   const { group, options, deadlineMs, oldProtected, detachSent, better, drained, notice } = work;
   return { group, options, deadlineMs, dueMs, oldProtected, detachSent, better, drained, kind: notice.kind, notice: notice.id };
 }
-/** The message once more, later, with what is known by now. */
-async function sendCopy(ctx: Ctx, work: Work, afterSeconds: number): Promise<void> {
+/**
+ * The message once more, later, with what is known by now. False where the queue takes none at the moment: the message
+ * stays in hand, for given back it would come nearer to the dead letters with every receive.
+ */
+async function sendCopy(ctx: Ctx, work: Work, afterSeconds: number): Promise<boolean> {
   const dueMs = cloudNow(ctx) + afterSeconds * 1000;
   const maxgroup = work.group ? carriedBy(work, afterSeconds > 900 ? dueMs : undefined) : undefined;
-  await ctx.cloud.send({
-    queue: work.queueUrl,
-    body: copyOf(work.body, work.notice, work.instance, maxgroup),
-    delaySeconds: afterSeconds,
-  });
+  const body = copyOf(work.body, work.notice, work.instance, maxgroup);
+  try {
+    await ctx.cloud.send({ queue: work.queueUrl, body, delaySeconds: afterSeconds });
+    return true;
+  } catch (error) {
+    if (!isRetryable(error)) throw error;
+    work.log.warn(`${errorText(error)}; trying on`, { error: errorName(error) });
+    return false;
+  }
 }
 /** A message of our own to the next queue. */
 async function sendFollowUp(ctx: Ctx, work: Work, to: QueueName, type: string, delaySeconds: number): Promise<void> {

@@ -286,3 +286,20 @@ test("a replacement interrupted just after it was released does not hand on a pr
       expect([seed, id, m.protected]).toEqual([seed, id, false]);
   }
 });
+
+test("a queue that takes no messages for a quarter of an hour makes no dead letters", async () => {
+  const s = new Stage();
+  const [old = "", calm = ""] = s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true });
+  await s.start();
+  const untilMs = s.clock.now() + 900_000;
+  s.world.intercept = ({ operation }) =>
+    operation === "SendMessageBatch" && s.clock.now() < untilMs
+      ? { before: new AwsError("ServiceUnavailable", "Service Unavailable", 503) }
+      : undefined;
+  s.world.instance(calm).launchedAtMs = s.clock.now() - 300_000; // too young yet: a copy is to take the message's place
+  s.world.rebalance(calm);
+  s.world.interrupt(old, { withoutReclaim: true });
+  await s.quiet(7200);
+  expect(s.world.queueDepth(s.queues.deadLetter).visible).toBe(0);
+  s.check([old, calm], { web: [3, 5, 3] });
+});
