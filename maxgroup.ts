@@ -573,25 +573,35 @@ const tick = (ctx: Ctx, deadlineMs = Number.POSITIVE_INFINITY) => {
 };
 const WAVE = 100;
 
+/** `sent` hears when a call has had its turn and goes out. */
+type SendOptions = { abortSignal: AbortSignal; sent: () => void };
 /**
  * One AWS call with its own time limit and, unless `tries` is 1, retries with jittered backoff on what RETRYABLE
  * names and on 5xx. Only what may be repeated is repeated: every call here is idempotent by ID, token or state.
+ * What has had no effect yet is not tried again once it `isLate`.
  * Throws the last error, wrapped once, beginning with what was being done.
  */
 async function aws<T>(
   ctx: Ctx,
   doing: string,
   send: (options: { abortSignal: AbortSignal }) => Promise<T>,
-  { tries = 6, timeoutMs = 15_000 }: { tries?: number; timeoutMs?: number } = {},
+  { tries = 6, timeoutMs = 15_000, isLate = () => false }: { tries?: number; timeoutMs?: number; isLate?: () => boolean } = {},
 ): Promise<T> {
-  let mayBeOut = false; // what was refused for its pace is not
+  let mayBeOut = false;
   for (let attempt = 1; ; attempt++) {
     const limit = new AbortController();
     const done = new AbortController();
+    let isSent = false;
+    const options: SendOptions = {
+      abortSignal: limit.signal,
+      sent: () => {
+        isSent = true;
+      },
+    };
     try {
       if (attempt > 1) await pause(ctx, ctx.deps.random() * Math.min(4_000, 75 * 2 ** attempt));
       return await Promise.race([
-        send({ abortSignal: limit.signal }),
+        send(options),
         ctx.deps.sleep(timeoutMs, done.signal).then(() => {
           const late = Object.assign(new Error(`no answer in ${timeoutMs / 1000} s`), { name: "TimeoutError" });
           limit.abort(late);
@@ -600,8 +610,8 @@ async function aws<T>(
       ]);
     } catch (cause) {
       if (cause instanceof Stopped) throw mayBeOut ? cause : new Unsent("stopping", { cause });
-      if (attempt >= tries || !isRetryable(cause)) throw new Error(doing, { cause });
-      mayBeOut ||= !THROTTLED.test(errorName(cause));
+      mayBeOut ||= isSent && !THROTTLED.test(errorName(cause));
+      if (attempt >= tries || !isRetryable(cause) || (!mayBeOut && isLate())) throw new Error(doing, { cause });
       ctx.deps.log.debug(`${doing}: ${errorText(cause)}; trying again`, { error: errorName(cause), attempt });
     } finally {
       // The loser of the race has no listener left.
@@ -716,13 +726,14 @@ function bucketOf(service: "ec2" | "autoscaling" | "elb", operation: string): st
 
 /** The same client, at AWS's pace. */
 function paced<C extends { send: unknown }>(ctx: Ctx, service: "ec2" | "autoscaling" | "elb", client: C): C {
-  type Send = (command: { schema?: unknown }, options?: { abortSignal?: AbortSignal }) => Promise<unknown>;
+  type Send = (command: { schema?: unknown }, options?: Partial<SendOptions>) => Promise<unknown>;
   const inner = client.send as Send;
   const send: Send = async (command, options) => {
     // [kind, namespace, name, ...]: a class's own name does not outlive the minifier.
     const operation = Array.isArray(command.schema) ? String(command.schema[2]) : "";
     const pace = paceOf(ctx, bucketOf(service, operation));
     await pace.take(isRead(operation) ? 1 : 0, options?.abortSignal);
+    options?.sent?.();
     try {
       const answer = await inner.call(client, command, options);
       pace.granted();
@@ -2449,7 +2460,7 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
   }
 }
 
-/** One launch call, decided: what to ask for, how it is tagged, and what its token is made of. */
+/** One launch call, decided: what to ask for, how it is tagged, what its token is made of, and for how long it is of use. */
 type Launch = {
   group: Group;
   pools: Pool[];
@@ -2458,6 +2469,8 @@ type Launch = {
   count: number;
   salt: string;
   asksForSpot: boolean;
+  /** AWS's requests were short until the deadline: what is still in time needs them, and the group substitutes these. */
+  isLate: () => boolean;
 };
 
 /** One launch call for up to ten notices; answers each with its instance, or undefined. */
@@ -2500,6 +2513,8 @@ async function planBatch(
   attempt: number,
 ): Promise<Launch | undefined> {
   const [first] = items;
+  const isLate = () => items.every(({ work }) => work.deadlineMs !== undefined && cloudNow(ctx) >= work.deadlineMs);
+  if (isLate()) return undefined;
   const group = await ctx.cloud.group(name);
   if (!first || !group?.template || group.suspended.has("Launch") || group.status) return undefined;
   const { old, member, options } = first.work;
@@ -2542,6 +2557,7 @@ async function planBatch(
     count: items.length,
     salt,
     asksForSpot: data.asksForSpot || more.some((d) => d.asksForSpot),
+    isLate,
   };
 }
 
@@ -2658,14 +2674,14 @@ export function fleetRequest(
   };
 }
 
-async function createFleet(ctx: Ctx, { group, pools, lifecycle, tags, count, salt }: Launch): Promise<string[]> {
+async function createFleet(ctx: Ctx, { group, pools, lifecycle, tags, count, salt, isLate }: Launch): Promise<string[]> {
   const request = fleetRequest(group, pools, lifecycle, tags, count);
   const command = new CreateFleetCommand({ ...request, ClientToken: tokenOf(request, salt) });
   const { Instances = [], Errors = [] } = await aws(
     ctx,
     `launching ${count} ${lifecycle}`,
     (o) => ctx.deps.ec2.send(command, o),
-    LAUNCH_CALL,
+    { ...LAUNCH_CALL, isLate },
   );
   const zoneOf = new Map(pools.map((p) => [p.subnet, p.zone]));
   const said = new Set<string>();
@@ -2684,7 +2700,7 @@ async function createFleet(ctx: Ctx, { group, pools, lifecycle, tags, count, sal
 }
 
 /** A template that itself asks for spot, which CreateFleet may refuse: one pool after the other. */
-async function runInstances(ctx: Ctx, { pools, lifecycle, tags, count, salt }: Launch): Promise<string[]> {
+async function runInstances(ctx: Ctx, { pools, lifecycle, tags, count, salt, isLate }: Launch): Promise<string[]> {
   if (lifecycle === "on-demand")
     throw Object.assign(new Error("the launch template asks for spot itself: on-demand cannot be had from it"), {
       name: "Unsupported",
@@ -2700,12 +2716,10 @@ async function runInstances(ctx: Ctx, { pools, lifecycle, tags, count, salt }: L
     };
     try {
       const command = new RunInstancesCommand({ ...request, ClientToken: tokenOf(request, salt) });
-      const { Instances = [] } = await aws(
-        ctx,
-        `launching ${p.type} in ${p.zone}`,
-        (o) => ctx.deps.ec2.send(command, o),
-        LAUNCH_CALL,
-      );
+      const { Instances = [] } = await aws(ctx, `launching ${p.type} in ${p.zone}`, (o) => ctx.deps.ec2.send(command, o), {
+        ...LAUNCH_CALL,
+        isLate,
+      });
       const ids = Instances.flatMap((i) => (i.InstanceId ? [i.InstanceId] : []));
       if (ids.length) return ids;
     } catch (error) {
@@ -3126,6 +3140,13 @@ function lapse(ctx: Ctx, work: Work): void {
 function claimGone(ctx: Ctx, work: Work): Result {
   if (isFresh(ctx, work, BELIEVED_MS)) return retry("its replacement is gone, or not to be seen yet", 30);
   return skip("its replacement is gone: the old one stays", "warn");
+}
+
+/** The minimum will refuse the decrement: without a hard deadline nothing is taken from one that stays. */
+async function staysBeside(ctx: Ctx, work: Work): Promise<boolean> {
+  const group = work.deadlineMs === undefined ? await ctx.cloud.group(work.group) : undefined;
+  const old = group?.members.get(work.instance);
+  return group !== undefined && old !== undefined && group.desired - old.weight < group.min;
 }
 
 async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
@@ -3654,13 +3675,13 @@ async function sweepVolumes(ctx: Ctx): Promise<void> {
     const living = await ctx.cloud.instance(owner);
     const there = isLiving(living) ? living?.volumes[DATA_DEVICE]?.id : undefined;
     if (isLiving(living) && !there) continue; // on its way to it, or taken off it by hand
-    state.leftMs.set(volume.id, Number.POSITIVE_INFINITY);
     const copy = volume.tags[TAG.copied] ?? there;
     if (copy) ctx.deps.log.warn(copiedText(volume.id, copy), { volume: volume.id });
     else {
       const notice = { type: TERMINATION, kind: "rebalance" as const, id: owner, instances: [owner] };
       await sendOwn(ctx, "termination_evt_sqs", notice, { group: volume.tags[TAG.group] ?? "" });
     }
+    state.leftMs.set(volume.id, Number.POSITIVE_INFINITY); // only now: a message that could not be sent is sent again
   }
 }
 
@@ -4373,7 +4394,7 @@ type Drain = {
 /** Evicts a node's pods side by side, and waits until they are gone or time is up. */
 async function drain(ctx: Ctx, work: Work): Promise<Result> {
   const cluster = clusterOf(ctx, work.options);
-  if (!cluster || work.left || work.drained) return done;
+  if (!cluster || work.left || work.drained || (await staysBeside(ctx, work))) return done;
   const beganMs = cloudNow(ctx);
   const { deadlineMs, options } = work;
   const d: Drain = { cluster, overMs: 0, node: undefined, left: undefined, held: new Map(), fault: "" };
@@ -4428,10 +4449,13 @@ async function drainRound(ctx: Ctx, work: Work, d: Drain, timeoutMs: number): Pr
 
 /** When this drain began, as written on the node, where it is written if need be: that survives us. */
 async function drainBegan(ctx: Ctx, cluster: Cluster, work: Work, node: KubeNode): Promise<number> {
-  if (node.mark?.drainMs !== undefined) return node.mark.drainMs;
+  // What was over before this message was due belongs to an earlier notice, after which the instance stayed.
+  const dueMs = (work.notice.timeMs ?? 0) - work.options.k8s_node_drain_grace_second * 1000;
+  const isBegun = (mark: Mark | undefined) => mark?.drainMs !== undefined && mark.drainMs >= dueMs;
+  if (node.mark?.drainMs !== undefined && isBegun(node.mark)) return node.mark.drainMs;
   const drainMs = cloudNow(ctx);
   const begun = ({ mark, version }: KubeNode) =>
-    mark && mark.drainMs === undefined
+    mark && !isBegun(mark)
       ? { metadata: { resourceVersion: version, annotations: { [MARK]: JSON.stringify({ ...mark, drainMs }) } } }
       : undefined;
   const found = await patchNode(ctx, cluster, `marking ${node.name}`, work.instance, begun);
@@ -4441,10 +4465,10 @@ async function drainBegan(ctx: Ctx, cluster: Cluster, work: Work, node: KubeNode
 
 // Notices that did not come true.
 
-/** The clusters in use, each with one of its groups' options. */
-function clustersInUse(ctx: Ctx): Set<Cluster> {
-  const groups = [...ctx.state.groups.values()].filter((g) => g.options.k8s_node_drain_option);
-  return new Set(groups.flatMap((g) => clusterOf(ctx, g.options) ?? []));
+/** The clusters in use, and those that were: what was marked there is still to be given back. */
+function clustersInUse(ctx: Ctx): Cluster[] {
+  for (const { options } of ctx.state.groups.values()) if (options.k8s_node_drain_option) clusterOf(ctx, options);
+  return [...ctx.state.clusters.values()];
 }
 
 /** Gives back the nodes whose notice did not come true. Only our own taint entitles us to. */
@@ -4590,7 +4614,7 @@ export function whoseAgent(self: unknown, old: string, replacementAddress: strin
 
 async function deregister(ctx: Ctx, work: Work): Promise<Result> {
   const { deps, state } = ctx;
-  if (work.left || state.deregisteredMs.has(work.instance)) return done;
+  if (work.left || state.deregisteredMs.has(work.instance) || (await staysBeside(ctx, work))) return done;
   state.deregisteredMs.set(work.instance, deps.now());
   const limit = new AbortController();
   const late = deps.sleep(CONSUL_MS, limit.signal).then(() => {
@@ -4733,6 +4757,7 @@ function forget(ctx: Ctx, open: Ec2Instance[]): void {
   for (const id of ctx.state.joined) if (!ctx.state.claims.has(id)) ctx.state.joined.delete(id);
   if (ctx.state.left.size > 10_000) ctx.state.left.clear(); // a memory to save calls, no more
   for (const { names } of ctx.state.clusters.values()) if (names.size > 10_000) names.clear(); // likewise
+  for (const [key, { atMs }] of ctx.state.cache) if (ctx.deps.now() - atMs > 60_000) ctx.state.cache.delete(key);
   for (const [key, untilMs] of ctx.state.failedPools) if (untilMs < ctx.deps.now()) ctx.state.failedPools.delete(key);
 }
 
@@ -4933,7 +4958,7 @@ async function restoreMaximum(ctx: Ctx, group: Group, open: Ec2Instance[]): Prom
           new UpdateAutoScalingGroupCommand({ AutoScalingGroupName: name, MaxSize: Math.max(ours.original, now.min) }),
           o,
         ),
-      { tries: 1 },
+      { tries: 1, timeoutMs: 5_000 }, // what waits longer for its pace is not sent
     );
     ctx.deps.log.info(`put the maximum of ${name} back to ${ours.original}`, { group: name });
     ctx.state.restoring.set(name, {});

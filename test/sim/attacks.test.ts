@@ -625,3 +625,46 @@ test("SIGTERM while launches wait for their pace gives their messages back at on
   const all = Object.fromEntries(names.map((name) => [name, [3, 5, 3] as [number, number, number]]));
   await ends(s, olds, all);
 });
+
+test("a maximum is not put back long after the look that allowed it", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...full }));
+  const d = await s.start();
+  let [isSecond, lookedMs] = [false, Number.NaN];
+  const gaps: number[] = [];
+  s.world.intercept = ({ operation, input }) => {
+    const { Filters: [filter] = [], MaxSize } = input as { Filters?: { Name: string }[]; MaxSize?: number };
+    if (operation === "DescribeInstances" && filter?.Name === "tag:spotmax:group") isSecond = true;
+    if (operation === "DescribeAutoScalingGroups" && isSecond) {
+      // AWS's patience ends here, and changes of other groups come first.
+      if (Number.isNaN(lookedMs)) d.ctx.state.paces.get("autoscaling")?.refused();
+      for (let n = 0; Number.isNaN(lookedMs) && n < 25; n++)
+        void d.ctx.state.paces
+          .get("autoscaling")
+          ?.take(0)
+          .catch(() => undefined);
+      lookedMs = s.clock.now();
+    }
+    if (operation === "UpdateAutoScalingGroup" && MaxSize === 3) gaps.push(s.clock.now() - lookedMs);
+    return undefined;
+  };
+  s.world.interrupt(old);
+  await s.quiet();
+  expect(gaps.length).toBeGreaterThan(0);
+  expect(Math.max(...gaps)).toBeLessThan(5_100);
+});
+
+test("what could not be asked for before the deadline, for AWS's requests were short, is not launched after it", async () => {
+  const s = new Stage();
+  const names = Array.from({ length: 60 }, (_, n) => `g${n}`);
+  const olds = names.map((name) => first(s.group({ name, ...three })));
+  s.world.buckets = true;
+  s.world.bucketSizes["ec2:mutation"] = [1, 0.25];
+  await s.start({ level: "info" });
+  await s.seconds(2);
+  const startMs = s.clock.now();
+  for (const old of olds) s.world.interrupt(old);
+  await s.seconds(600);
+  const late = claims(s).filter((c) => c.launchedAtMs - startMs > 142_000);
+  expect([claims(s).length > 15, late.length]).toEqual([true, 0]);
+});

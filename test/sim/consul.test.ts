@@ -127,6 +127,17 @@ test("a replacement without a hard deadline deregisters too", async () => {
   expect(agents.services.get(address)?.size).toBe(0);
 });
 
+test("one that stays beside its replacement, for the minimum refuses the decrement, keeps its services", async () => {
+  const { s, old, agents, address } = fleet({}, { ...options, is_to_handle_rebalance_event: true });
+  await s.start();
+  s.world.rebalance(old);
+  await s.until(() => s.world.audit.some((a) => a.what === "attach"), 60);
+  await s.call("autoscaling", "UpdateAutoScalingGroup", { AutoScalingGroupName: "web", MinSize: 4 });
+  await s.quiet();
+  expect(s.world.instance(old).group).toBe("web");
+  expect([agents.services.get(address)?.size, agents.maintained.has(address)]).toEqual([2, false]);
+});
+
 const hang = () => new Promise<never>(() => undefined);
 const refusing = async (): Promise<never> => {
   throw Object.assign(new Error("Unable to connect"), { code: "ConnectionRefused" });

@@ -1,6 +1,6 @@
 // Stories of groups whose nodes are drained: what a cluster does, or fails to do, and what must hold all the same.
 import { expect, test } from "bun:test";
-import { MARK } from "../../maxgroup.ts";
+import { checkGroups, MARK } from "../../maxgroup.ts";
 import { EPOCH_MS } from "../aws/clock.ts";
 import { type DaemonOptions, Stage } from "./harness.ts";
 import { FakeKube, KUBECONFIG } from "./kube.ts";
@@ -155,10 +155,46 @@ test("a notice that did not come true: its node is given back, unless somebody e
     await s.call("autoscaling", "UpdateAutoScalingGroup", { AutoScalingGroupName: "web", MinSize: 4 });
     await s.seconds(1_500);
     expect(s.world.instance(old).group).toBe("web");
+    expect(kube.podsOn(old).length).toBe(PODS);
     expect(kube.node(old).spec.unschedulable).toBe(theirs ? true : undefined);
     expect(kube.node(old).spec.taints).toBeUndefined();
     expect(kube.node(old).labels).toEqual({});
   }
+});
+
+test("a notice that did not come true while its group's option was switched off: its node is given back all the same", async () => {
+  const { s, kube, old } = scene({ is_to_handle_rebalance_event: true });
+  const d = await s.start();
+  s.world.rebalance(old);
+  await s.until(() => MARK in kube.node(old).annotations, 120);
+  await s.call("autoscaling", "UpdateAutoScalingGroup", { AutoScalingGroupName: "web", MinSize: 4 });
+  s.groups = { web: {} };
+  d.ctx.state.config = s.config();
+  void checkGroups(d.ctx);
+  await s.seconds(1_500);
+  expect(s.world.instance(old).group).toBe("web");
+  expect(kube.node(old).spec.unschedulable).toBeUndefined();
+});
+
+test("a later notice for a member that stayed has a drain's time of its own", async () => {
+  const { s, kube, old } = scene({ is_to_handle_rebalance_event: true, k8s_node_drain_grace_second: 60 });
+  for (const pod of kube.podsOn(old).slice(0, 1)) pod.isHeld = true;
+  await s.start();
+  s.world.rebalance(old);
+  await s.until(() => kube.when(`evict ${old}`) > 0, 200);
+  const lost = { InstanceIds: s.openClaims() };
+  const detach = { AutoScalingGroupName: "web", ShouldDecrementDesiredCapacity: true, ...lost };
+  await s.call("autoscaling", "DetachInstances", detach);
+  await s.call("ec2", "TerminateInstances", lost);
+  await s.until(() => s.lines.some((line) => line.includes("the old one stays")), 500);
+  expect(s.world.instance(old).group).toBe("web");
+  kube.populate([old], PODS);
+  const againMs = s.clock.now();
+  s.world.rebalance(old);
+  await s.quiet();
+  const evicted = kube.changes.filter((c) => c.what.startsWith(`evict ${old}`) && c.atMs > againMs);
+  const detachedMs = s.world.audit.find((a) => a.what === "detach" && a.ids.includes(old))?.atMs ?? 0;
+  expect((detachedMs - (evicted[0]?.atMs ?? 0)) / 1000).toBeWithin(55, 80);
 });
 
 test("a rehearsal that ended with the old one back in its group: another daemon gives its node back when it starts", async () => {

@@ -345,6 +345,27 @@ test("a message that is lost does not leave the data behind: what lies available
   expect(ownerOf(s, data)).toBe(`${claimOf(s, old)} /dev/sdz`);
 });
 
+test("what lies available is asked after again where the message could not be sent", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet({ min: 1 }), options));
+  await s.start();
+  s.world.interrupt(old);
+  await s.quiet();
+  const second = claimOf(s, old);
+  const data = volumeAt(s, second, "/dev/sdz");
+  const body = (input: object) => JSON.stringify(input).includes("MaxGroup Termination");
+  s.world.intercept = ({ operation, input }) =>
+    operation === "SendMessageBatch" && body(input) ? { before: new AwsError("AccessDenied", "denied", 403) } : undefined;
+  await s.call("autoscaling", "TerminateInstanceInAutoScalingGroup", {
+    InstanceId: second,
+    ShouldDecrementDesiredCapacity: true,
+  });
+  await s.seconds(900);
+  s.world.intercept = undefined;
+  await s.seconds(900);
+  expect(s.lines.filter((line) => line.startsWith("ERRO") && line.includes(`--volume-id ${data} `)).length).toBe(1);
+});
+
 test("data that goes past a replacement on its way out leaves that one's empty volume to go with it", async () => {
   const s = new Stage({ shuttingDownMs: [90_000, 90_000] });
   const old = first(s.group(fleet(), { ...options, detaching_delay_seconds: 0 }));
