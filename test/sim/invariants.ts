@@ -55,8 +55,8 @@ export interface Traits {
   spreadMs: number;
   /** One daemon from beginning to end, and it sees the present. */
   alone: boolean;
-  /** Consul's agents answer. */
-  agents: boolean;
+  /** The cluster and Consul's agents answer. */
+  served: boolean;
   /** Good messages may end in the dead-letter queue: crashes, duplicates and lost deletes count as receives. */
   deadLetters: boolean;
 }
@@ -80,6 +80,7 @@ export interface Expected {
   /** As the configuration has them. */
   fallback: boolean;
   drained: boolean;
+  graceMs: number;
   consul: boolean;
   detachMs: number;
   softDetachMs: number;
@@ -119,6 +120,7 @@ const PRESSED_MS = 60_000;
 /** A notice did not come true so long after its deadline, or, without one, after the node was marked. */
 const UNTRUE_MS = 2 * 60_000;
 const FORGOTTEN_MS = 10 * 60_000;
+const DRAIN_ENDS_MS = 10_000;
 const CONSUL_MS = 3_000;
 
 type Actor = "daemon" | "operator" | "world";
@@ -139,6 +141,8 @@ export class Watch {
   readonly bands = new Map<string, number>();
   /** Nodes that somebody else had cordoned, by instance. */
   readonly theirs = new Set<string>();
+  /** Nodes that are still marked for a notice of long ago, by instance. */
+  readonly left = new Set<string>();
   agents: Agents | undefined;
   #kube: FakeKube | undefined;
   /** How often a second one was launched beside a living one: two daemons may, and the loser goes. */
@@ -629,6 +633,9 @@ export class Watch {
       this.find("choice", `${id} was detached ${(dueMs - this.#world.now()) / 1000} s before its time`);
     if (!this.notices.has(id)) this.find("4", `${id} was detached from ${name} without any notice`);
     this.#judgeDeregistration(id, name);
+    this.#judgeDrain(id, name);
+    if (this.#traits.prompt && this.notices.get(id)?.inTime && this.#world.now() > deadlineMs - MARGIN_MS + 2_000)
+      this.find("late", `${id} was detached only ${(deadlineMs - this.#world.now()) / 1000} s before its deadline`);
     if (instance?.tags.get("spotmax:detached") !== name) this.find("3", `${id} was detached before it carries spotmax:detached`);
     if (this.#isTimeUp(id)) return;
     if (!decrement) {
@@ -652,10 +659,21 @@ export class Watch {
       this.find("6", `${id} was detached before ${ready.join(" ")} is healthy in its target groups`);
   }
 
+  /** Pods have their time: until the deadline presses, or until their grace is over. */
+  #judgeDrain(id: string, name: string): void {
+    const expected = this.groups.get(name);
+    const kind = this.#kindOf(id);
+    const notice = this.notices.get(id);
+    if (!this.#kube || !notice || !expected?.drained || !this.#traits.prompt || !this.#traits.served || kind === "both") return;
+    const count = this.#kube.hasJoined(id, 2 * 60_000) ? this.#kube.podsOn(id).length : 0;
+    const dueMs = kind === "hard" ? (notice.deadlineMs ?? 0) - DRAIN_ENDS_MS : notice.madeMs + expected.graceMs;
+    if (count && this.#world.now() < dueMs - this.#traits.spreadMs - 2_000)
+      this.find("pods", `${id} was detached with ${count} pods ${(dueMs - this.#world.now()) / 1000} s before their time was up`);
+  }
   /** Where agents answer, the services have left before their instance does, as long as nothing presses. */
   #judgeDeregistration(id: string, name: string): void {
     const { state, privateIp = "" } = this.#instance(id) ?? {};
-    const isOwed = this.groups.get(name)?.consul && this.#traits.agents && this.#traits.prompt && state === "running";
+    const isOwed = this.groups.get(name)?.consul && this.#traits.served && this.#traits.prompt && state === "running";
     if (!isOwed || this.#isTimeUp(id, MARGIN_MS + CONSUL_MS)) return;
     const left = this.agents?.services.get(privateIp)?.size;
     if (left !== 0) this.find("consul", `${id} was detached with ${left ?? "all"} of its services in Consul`);
@@ -677,6 +695,8 @@ export class Watch {
     const instance = this.#instance(id);
     const notice = this.notices.get(id);
     const name = instance?.group ?? instance?.tags.get("spotmax:detached");
+    const wasLeft = what === "uncordon" && this.left.delete(id);
+    if (wasLeft && !this.theirs.has(id) && (!notice || this.#kindOf(id) === "soft")) return;
     if (!notice || (name !== undefined && !this.groups.get(name)?.drained)) {
       this.find("4", `${what} on the node of ${id} of ${name}, which is not our business`);
       return;

@@ -2,7 +2,7 @@
 // their instances run, pods that end in their grace period. The real API server is in test/kube.
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { MARK } from "../../maxgroup.ts";
+import { MARK, type Mark } from "../../maxgroup.ts";
 import { temporaryFolder } from "../kube/servers.ts";
 import type { Stage } from "./harness.ts";
 
@@ -86,6 +86,22 @@ export class FakeKube {
     this.#nodes.set(name, made);
     return made;
   }
+  /** What a notice of an hour ago, which did not come true, has left on a node. */
+  leave(instance: string, more: Partial<Mark>): void {
+    const node = this.node(instance);
+    const markedMs = this.#stage.clock.now() - 3_600_000;
+    const mark: Mark = {
+      instance,
+      notice: "of-old",
+      deadlineMs: null,
+      markedMs,
+      wasCordoned: node.spec.unschedulable === true,
+      ...more,
+    };
+    node.spec = { ...node.spec, unschedulable: true, taints: [{ key: MARK, value: mark.notice, effect: "NoSchedule" }] };
+    node.labels = { [MARK]: mark.notice };
+    node.annotations = { [MARK]: JSON.stringify(mark) };
+  }
   /** Others change all nodes, as kubelets do all the time. */
   touch(): void {
     for (const node of this.#nodes.values()) node.version++;
@@ -95,9 +111,10 @@ export class FakeKube {
     return this.changes.find((change) => change.what.startsWith(what))?.atMs ?? Number.NaN;
   }
 
-  hasJoined(instance: string): boolean {
+  /** Its node is there, and was so this long ago. */
+  hasJoined(instance: string, agoMs = 0): boolean {
     const { state, launchedAtMs } = this.#stage.world.instance(instance);
-    return state === "running" && this.#stage.clock.now() - launchedAtMs >= this.joinSeconds * 1000;
+    return state === "running" && this.#stage.clock.now() - launchedAtMs >= this.joinSeconds * 1000 + agoMs;
   }
   #instances(): string[] {
     return [...this.#stage.world.ec2.instances.keys()].filter((id) => this.hasJoined(id));

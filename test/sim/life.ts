@@ -249,7 +249,7 @@ class Life {
       lagMs: 3_000 + staleMs + (has("latency") ? 10_000 : 0) + (isFaulty ? 120_000 : 0),
       spreadMs: Math.max(0, ...skews) + Math.max(0, ...skews.map((ms) => -ms)),
       alone: !has("daemons") && !isShaken && !has("stale"),
-      agents: !has("outages"),
+      served: !has("outages"),
       deadLetters: isFaulty || isShaken,
     };
     this.#watch = new Watch(this.#stage.world, this.#stage.queues, traits);
@@ -410,6 +410,7 @@ class Life {
       protects: isProtected,
       fallback: options.is_enable_od_fallback,
       drained: "k8s_node_drain_option" in options,
+      graceMs: (options.k8s_node_drain_grace_second ?? 0) * 1000,
       consul: "consul_port" in options,
       limit: options.max_num_of_terminated_one_time,
       detachMs: options.detaching_delay_seconds * 1000,
@@ -915,7 +916,7 @@ class Life {
 
   // --- Pods and services -----------------------------------------------------------------------------------------
 
-  #serviceOptions(name: string): { k8s_node_drain_option?: true; consul_port?: number } {
+  #serviceOptions(name: string): { k8s_node_drain_option?: true; k8s_node_drain_grace_second?: number; consul_port?: number } {
     const [pods, consul] = [streamOf(this.#seed, `pods ${name}`), streamOf(this.#seed, `consul ${name}`)];
     const drain = {
       k8s_node_drain_option: true as const,
@@ -941,8 +942,15 @@ class Life {
         const isHeld = random.chance(0.1);
         kube.populate([id], random.between([0, 4]), { graceSeconds: choose(random, 1, 5, 30, 120), isHeld });
         if (random.chance(0.05)) this.#watch.theirs.add(id);
+        if (random.chance(0.1) && this.#watch.groups.get(group.name)?.configured) this.#watch.left.add(id);
       }
     for (const id of this.#watch.theirs) kube.node(id).spec.unschedulable = true;
+    const longAgoMs = this.#startMs - 50 * MINUTE;
+    for (const id of this.#watch.left)
+      kube.leave(id, {
+        deadlineMs: random.chance(0.5) ? longAgoMs : null,
+        ...(random.chance(0.5) && { drainMs: longAgoMs }),
+      });
     kube.schedule = (free) => pick(random, free);
     const held = kube.pods.filter((pod) => pod.isHeld);
     world.after(random.between([0, this.#stretchMs]), () => {
