@@ -175,6 +175,14 @@ export const MUTATIONS: Mutation[] = [
     edits: [[/\(await isNodeReady\(ctx, cluster, work, claim\.id, round\)\)/, "true"]],
   },
   { name: "a drain knows no deadline", edits: [[/: deadlineMs - DRAIN_ENDS_MS;/, ": deadlineMs + 60_000;"]] },
+  { name: "pods stay where they are", edits: [[/\{ name: "drain", when: "k8s_node_drain_option", run: drain \},/, ""]] },
+  {
+    name: "a drain waits for no pod",
+    edits: [
+      [/ {2}if \(d\.left\?\.length !== 0 && cloudNow\(ctx\) < d\.overMs\) return retry[^\n]*/, ""],
+      [/\} while \(leftMs\(\) > 0\);/, "} while (false);"],
+    ],
+  },
   { name: "a node is never given back", edits: [[/releaseNodes\(ctx\)\.catch/, "Promise.resolve().catch"]] },
   {
     name: "a node is given back while its instance is being replaced",
