@@ -2,6 +2,7 @@
 // are a few lines. Real ones: test/consul.
 import { afterEach, expect, test } from "bun:test";
 import { AwsError } from "../aws/world.ts";
+import { Agents } from "./consul.ts";
 import { Stage } from "./harness.ts";
 
 const three = { min: 3, max: 5, desired: 3 };
@@ -11,38 +12,6 @@ const first = <T>(list: readonly T[]): T => {
   if (one === undefined) throw new Error("nothing there");
   return one;
 };
-
-/** One agent for every address: what each was asked, and what it has left. */
-class Agents {
-  readonly services = new Map<string, Set<string>>();
-  readonly maintained = new Set<string>();
-  readonly asked: string[] = [];
-  self: object = {};
-  /** Answers in the agent's place. */
-  instead: ((path: string, init: BunFetchRequestInit) => Promise<Response> | undefined) | undefined;
-
-  constructor(s: Stage, members: string[]) {
-    for (const id of members) this.services.set(s.world.instance(id).privateIp, new Set(["web", "api 1/a"]));
-    s.http = async (url, init = {}) => {
-      const { hostname, port, pathname, search } = new URL(url);
-      this.asked.push(`${init.method} ${hostname} ${pathname}`);
-      expect(port).toBe("8500");
-      return this.instead?.(pathname, init) ?? this.#answer(hostname, pathname, search);
-    };
-  }
-  #answer(address: string, path: string, query: string): Response {
-    const services = this.services.get(address) ?? new Set();
-    if (path === "/v1/agent/self") return Response.json(this.self);
-    if (path === "/v1/agent/services") return Response.json(Object.fromEntries([...services].map((id) => [id, { ID: id }])));
-    if (path === "/v1/agent/maintenance" && query.startsWith("?enable=true&reason=")) {
-      this.maintained.add(address);
-      return new Response("");
-    }
-    const id = /^\/v1\/agent\/service\/deregister\/([^/]+)$/.exec(path)?.[1];
-    if (id && services.delete(decodeURIComponent(id))) return new Response("");
-    return new Response("Unknown service ID. Ensure that the service ID is passed, not the service name.", { status: 404 });
-  }
-}
 
 function fleet(more: object = {}, groupOptions: object = options) {
   const s = new Stage();
@@ -59,8 +28,6 @@ function atDetach(s: Stage, look: () => void): void {
   };
 }
 const warnings = (s: Stage) => s.lines.filter((line) => line.startsWith("WARN") && /Consul|agent/.test(line));
-const CONSUL = Object.keys(process.env).filter((name) => name.startsWith("CONSUL_"));
-for (const name of CONSUL) delete process.env[name];
 afterEach(() => {
   delete process.env.CONSUL_HTTP_TOKEN;
 });

@@ -29,15 +29,18 @@ import type {
   TerminateInstancesRequest,
 } from "@aws-sdk/client-ec2";
 import type { DeleteMessageBatchRequest, ReceiveMessageResult, SendMessageBatchRequest } from "@aws-sdk/client-sqs";
+import { MARK } from "../../maxgroup.ts";
 import type { Group } from "../aws/autoscaling.ts";
 import type { Instance } from "../aws/ec2.ts";
 import type { Message } from "../aws/sqs.ts";
 import { AwsError, type Handler, type Queues, type Service, type World } from "../aws/world.ts";
+import type { Agents } from "./consul.ts";
 import { type Account, DataWatch } from "./data.ts";
+import type { FakeKube } from "./kube.ts";
 
 export interface Finding {
   /** The invariant's number in DESIGN.md; "preaction" | "choice": another of its rules, on what is launched, and when one goes. */
-  rule: "1" | "2" | "3" | "4" | "5" | "6" | "7" | "capacity" | "quiet" | "late" | "preaction" | "choice";
+  rule: "1" | "2" | "3" | "4" | "5" | "6" | "7" | "capacity" | "quiet" | "late" | "preaction" | "choice" | "pods" | "consul";
   atMs: number;
   text: string;
 }
@@ -52,6 +55,8 @@ export interface Traits {
   spreadMs: number;
   /** One daemon from beginning to end, and it sees the present. */
   alone: boolean;
+  /** The cluster and Consul's agents answer. */
+  served: boolean;
   /** Good messages may end in the dead-letter queue: crashes, duplicates and lost deletes count as receives. */
   deadLetters: boolean;
 }
@@ -74,6 +79,9 @@ export interface Expected {
   protects: boolean;
   /** As the configuration has them. */
   fallback: boolean;
+  drained: boolean;
+  graceMs: number;
+  consul: boolean;
   detachMs: number;
   softDetachMs: number;
   softEndMs: number;
@@ -107,6 +115,13 @@ const TERMINATION = "MaxGroup Termination";
 const MARGIN_MS = 5_000;
 const DRAIN_MS = 30_000;
 const YOUNG_MS = 10 * 60_000;
+/** Pods may go so long before their node does, wherever they go to. */
+const PRESSED_MS = 60_000;
+/** A notice did not come true so long after its deadline, or, without one, after the node was marked. */
+const UNTRUE_MS = 2 * 60_000;
+const FORGOTTEN_MS = 10 * 60_000;
+const DRAIN_ENDS_MS = 10_000;
+const CONSUL_MS = 3_000;
 
 type Actor = "daemon" | "operator" | "world";
 
@@ -124,6 +139,12 @@ export class Watch {
   /** Whom a daemon asked to have replaced, and the Spot Advisor's bands, by type. */
   readonly asked = new Set<string>();
   readonly bands = new Map<string, number>();
+  /** Nodes that somebody else had cordoned, by instance. */
+  readonly theirs = new Set<string>();
+  /** Nodes that are still marked for a notice of long ago, by instance. */
+  readonly left = new Set<string>();
+  agents: Agents | undefined;
+  #kube: FakeKube | undefined;
   /** How often a second one was launched beside a living one: two daemons may, and the loser goes. */
   rivals = 0;
   /** Hears of the daemons' changes to groups as they take effect: for the log. */
@@ -616,11 +637,16 @@ export class Watch {
     this.#detachedMs.set(id, this.#world.now());
     const kind = this.#kindOf(id);
     const { madeMs = 0, deadlineMs = 0 } = this.notices.get(id) ?? {};
-    const { detachMs = 0, softDetachMs = 0 } = this.groups.get(name) ?? {};
-    const dueMs = kind === "soft" ? madeMs + softDetachMs : Math.min(madeMs + detachMs, deadlineMs - DRAIN_MS);
+    const { detachMs = 0, softDetachMs = 0, drained } = this.groups.get(name) ?? {};
+    const outMs = deadlineMs - (drained ? PRESSED_MS : DRAIN_MS);
+    const dueMs = kind === "soft" ? madeMs + softDetachMs : Math.min(madeMs + detachMs, outMs);
     if (kind !== "both" && this.#world.now() < dueMs - this.#traits.spreadMs - 2_000)
       this.find("choice", `${id} was detached ${(dueMs - this.#world.now()) / 1000} s before its time`);
     if (!this.notices.has(id)) this.find("4", `${id} was detached from ${name} without any notice`);
+    this.#judgeDeregistration(id, name);
+    this.#judgeDrain(id, name);
+    if (this.#traits.prompt && this.notices.get(id)?.inTime && this.#world.now() > deadlineMs - MARGIN_MS + 2_000)
+      this.find("late", `${id} was detached only ${(deadlineMs - this.#world.now()) / 1000} s before its deadline`);
     if (instance?.tags.get("spotmax:detached") !== name) this.find("3", `${id} was detached before it carries spotmax:detached`);
     if (this.#isTimeUp(id)) return;
     if (!decrement) {
@@ -642,6 +668,79 @@ export class Watch {
     const isHealthy = (claim: string) => arns.every((arn) => this.#world.elbv2.health(arn, claim) === "healthy");
     if (!ready.some((claim) => isHealthy(claim) || this.#outOfServiceMs.has(claim)))
       this.find("6", `${id} was detached before ${ready.join(" ")} is healthy in its target groups`);
+  }
+
+  /** Pods have their time: until the deadline presses, or until their grace is over. */
+  #judgeDrain(id: string, name: string): void {
+    const expected = this.groups.get(name);
+    const kind = this.#kindOf(id);
+    const notice = this.notices.get(id);
+    if (!this.#kube || !notice || !expected?.drained || !this.#traits.prompt || !this.#traits.served || kind === "both") return;
+    const count = this.#kube.hasJoined(id, 2 * 60_000) ? this.#kube.podsOn(id).length : 0;
+    const dueMs = kind === "hard" ? (notice.deadlineMs ?? 0) - DRAIN_ENDS_MS : notice.madeMs + expected.graceMs;
+    if (count && this.#world.now() < dueMs - this.#traits.spreadMs - 2_000)
+      this.find("pods", `${id} was detached with ${count} pods ${(dueMs - this.#world.now()) / 1000} s before their time was up`);
+  }
+  /** Where agents answer, the services have left before their instance does, as long as nothing presses. */
+  #judgeDeregistration(id: string, name: string): void {
+    const { state, privateIp = "" } = this.#instance(id) ?? {};
+    const isOwed = this.groups.get(name)?.consul && this.#traits.served && this.#traits.prompt && state === "running";
+    if (!isOwed || this.#isTimeUp(id, MARGIN_MS + CONSUL_MS)) return;
+    const left = this.agents?.services.get(privateIp)?.size;
+    if (left !== 0) this.find("consul", `${id} was detached with ${left ?? "all"} of its services in Consul`);
+  }
+  /** No agent is asked but the one on an instance that has a notice. */
+  agentAsked(address: string): void {
+    const instance = [...this.#world.ec2.instances.values()].find(({ privateIp }) => privateIp === address);
+    const name = instance?.group ?? instance?.tags.get("spotmax:detached");
+    if (!instance || !this.notices.has(instance.id) || !this.groups.get(name ?? "")?.consul)
+      this.find("4", `the agent at ${address}, on ${instance?.id} of ${name}, was asked`);
+  }
+
+  watchCluster(kube: FakeKube): void {
+    this.#kube = kube;
+    kube.onChange = (what, id) => this.#judgeNode(kube, what, id);
+  }
+  /** A node of an instance with a notice, and no other, is cordoned, then drained; it is given back where the instance stays. */
+  #judgeNode(kube: FakeKube, what: "cordon" | "uncordon" | "evict", id: string): void {
+    const instance = this.#instance(id);
+    const notice = this.notices.get(id);
+    const name = instance?.group ?? instance?.tags.get("spotmax:detached");
+    const wasLeft = what === "uncordon" && this.left.delete(id);
+    if (wasLeft && !this.theirs.has(id) && (!notice || this.#kindOf(id) === "soft")) return;
+    if (!notice || (name !== undefined && !this.groups.get(name)?.drained)) {
+      this.find("4", `${what} on the node of ${id} of ${name}, which is not our business`);
+      return;
+    }
+    const now = this.#world.now() + this.#traits.spreadMs + 1_000;
+    if (what === "uncordon") {
+      const dueMs = Math.min(
+        (notice.deadlineMs ?? Number.POSITIVE_INFINITY) + UNTRUE_MS,
+        notice.isSoft ? notice.madeMs + FORGOTTEN_MS : Number.POSITIVE_INFINITY,
+      );
+      if (this.theirs.has(id)) this.find("pods", `the node of ${id} was uncordoned, and it was cordoned by somebody else`);
+      if (now < dueMs) this.find("pods", `the node of ${id} was uncordoned ${(dueMs - now) / 1000} s too early`);
+      if (!this.#wasInService(id)) this.find("pods", `the node of ${id} was uncordoned, which is not in service`);
+      return;
+    }
+    if (what === "cordon") return;
+    if (!kube.node(id).spec.unschedulable) this.find("pods", `a pod was evicted from the node of ${id}, which is not cordoned`);
+    if (this.#isTimeUp(id, PRESSED_MS + 1_000)) return;
+    const isSoft = this.#kindOf(id) !== "hard";
+    const group = this.#world.autoscaling.groups.get(name ?? "");
+    const isFull = group !== undefined && (this.#world.autoscaling.sample(group.name)?.inService ?? 0) >= group.desired;
+    const hasPlace = (claim: string) => this.#wasInService(claim) && (isSoft || kube.hasJoined(claim) || !this.#isLiving(claim));
+    const chain = this.#chainOf(id);
+    if (!chain.some(hasPlace) && !(isFull && chain.some((claim) => this.#inServiceMs.has(claim))))
+      this.find("pods", `a pod was evicted from the node of ${id}, and ${chain.join(" ") || "nobody"} has no node for it yet`);
+  }
+  /** Members that stay, and whose nodes are still marked. */
+  #marked(): string[] {
+    const kube = this.#kube;
+    const groups = [...this.#world.autoscaling.groups.values()].filter(({ name }) => this.groups.get(name)?.drained);
+    return groups.flatMap(({ members }) =>
+      [...members].flatMap(([id, { state }]) => (state === "InService" && kube && MARK in kube.node(id).annotations ? [id] : [])),
+    );
   }
 
   #watchMessages(): void {
@@ -841,6 +940,8 @@ export class Watch {
       const instance = ec2.instances.get(id);
       if (instance && this.#isLiving(id) && !instance.group) return `${id}, which we let go, is still running`;
     }
+    const [marked] = this.#marked();
+    if (marked) return `the node of ${marked}, which stays, is still cordoned`;
     return this.data.unrest(lines);
   }
 
@@ -860,6 +961,9 @@ export class Watch {
         if (this.claims.has(id) && member.state === "InService" && member.protected !== expected.protects)
           this.find("2", `${id} is ${member.protected ? "still" : "no longer"} protected from scale-in`);
     }
+    for (const id of this.theirs)
+      if (this.#isLiving(id) && !this.#kube?.node(id).spec.unschedulable)
+        this.find("pods", `the node of ${id} is uncordoned, and it was cordoned by somebody else`);
     const inGroup = new Map<string, string[]>();
     for (const [id, { old }] of this.claims) {
       const instance = this.#instance(id);

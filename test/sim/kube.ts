@@ -2,7 +2,7 @@
 // their instances run, pods that end in their grace period. The real API server is in test/kube.
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { MARK } from "../../maxgroup.ts";
+import { MARK, type Mark } from "../../maxgroup.ts";
 import { temporaryFolder } from "../kube/servers.ts";
 import type { Stage } from "./harness.ts";
 
@@ -33,9 +33,14 @@ type FakeNode = {
 const merge = <T extends object>(target: T, patch: object): T =>
   Object.fromEntries(Object.entries({ ...target, ...patch }).filter(([, value]) => value !== null)) as T;
 
+/** What becomes of a request: nobody listens, nobody answers, or this status, with the effect or without it. */
+export type KubeFault = { delayMs?: number; is: "slow" | "down" | "frozen" | { status: number; isDone?: boolean } };
+
 export class FakeKube {
   readonly #stage: Stage;
   readonly #nodes = new Map<string, FakeNode>();
+  /** Instances, by the name of their node. */
+  readonly #named = new Map<string, string>();
   readonly pods: FakePod[] = [];
   /** From an instance's launch to its node. */
   joinSeconds = 30;
@@ -43,10 +48,18 @@ export class FakeKube {
   /** What it was asked to change, by virtual time. */
   readonly changes: { atMs: number; what: string }[] = [];
   asked = 0;
+  /** What is wrong with the next request. */
+  fault: (() => KubeFault | undefined) | undefined;
+  /** Hears of each change of a node as it takes effect. */
+  onChange: ((what: "cordon" | "uncordon" | "evict", instance: string) => void) | undefined;
+  /** Where a pod that has gone appears again, as its controller and a scheduler would have it; undefined: nowhere. */
+  schedule: ((candidates: string[]) => string | undefined) | undefined;
+  #made = 0;
 
   constructor(stage: Stage) {
     this.#stage = stage;
-    stage.http = (url, init) => this.#answer(url, init);
+    const other = stage.http;
+    stage.http = (url, init) => (url.startsWith(SERVER) ? this.#answer(url, init) : other(url, init));
   }
 
   /** So many pods on each of these instances' nodes. */
@@ -57,7 +70,11 @@ export class FakeKube {
         this.pods.push({ name: uid, uid, node: this.#nameOf(id), isHeld: false, graceSeconds: 5, isEnding: false, ...more });
       }
   }
-  #nameOf = (id: string) => this.#stage.world.instance(id).privateDns;
+  #nameOf(id: string): string {
+    const name = this.#stage.world.instance(id).privateDns;
+    this.#named.set(name, id);
+    return name;
+  }
   podsOn(instance: string): FakePod[] {
     return this.pods.filter((pod) => pod.node === this.#nameOf(instance));
   }
@@ -69,16 +86,38 @@ export class FakeKube {
     this.#nodes.set(name, made);
     return made;
   }
+  /** What a notice of an hour ago, which did not come true, has left on a node. */
+  leave(instance: string, more: Partial<Mark>): void {
+    const node = this.node(instance);
+    const markedMs = this.#stage.clock.now() - 3_600_000;
+    const mark: Mark = {
+      instance,
+      notice: "of-old",
+      deadlineMs: null,
+      markedMs,
+      wasCordoned: node.spec.unschedulable === true,
+      ...more,
+    };
+    node.spec = { ...node.spec, unschedulable: true, taints: [{ key: MARK, value: mark.notice, effect: "NoSchedule" }] };
+    node.labels = { [MARK]: mark.notice };
+    node.annotations = { [MARK]: JSON.stringify(mark) };
+  }
+  /** Others change all nodes, as kubelets do all the time. */
+  touch(): void {
+    for (const node of this.#nodes.values()) node.version++;
+  }
   /** When something was first changed, in ms; NaN: never. */
   when(what: string): number {
     return this.changes.find((change) => change.what.startsWith(what))?.atMs ?? Number.NaN;
   }
 
+  /** Its node is there, and was so this long ago. */
+  hasJoined(instance: string, agoMs = 0): boolean {
+    const { state, launchedAtMs } = this.#stage.world.instance(instance);
+    return state === "running" && this.#stage.clock.now() - launchedAtMs >= this.joinSeconds * 1000 + agoMs;
+  }
   #instances(): string[] {
-    const { world, clock } = this.#stage;
-    return [...world.ec2.instances.values()]
-      .filter((i) => i.state === "running" && clock.now() - i.launchedAtMs >= this.joinSeconds * 1000)
-      .map((i) => i.id);
+    return [...this.#stage.world.ec2.instances.keys()].filter((id) => this.hasJoined(id));
   }
   #show(instance: string): object {
     const { version, spec, labels, annotations } = this.node(instance);
@@ -94,18 +133,28 @@ export class FakeKube {
     const { world, clock } = this.#stage;
     if (this.state === "frozen") return new Promise(() => undefined);
     await clock.sleep(world.random.between([5, 20]));
-    if (this.state === "down") throw Object.assign(new Error("connection refused"), { code: "ECONNREFUSED" });
+    const { is = "slow", delayMs = 0 } = this.fault?.() ?? {};
+    if (is === "frozen") return new Promise(() => undefined);
+    if (this.state === "down" || is === "down") throw Object.assign(new Error("connection refused"), { code: "ECONNREFUSED" });
     this.asked++;
+    if (delayMs) await clock.sleep(delayMs);
     const { pathname, searchParams } = new URL(url);
-    return this.#handle(method, pathname, searchParams, body ? JSON.parse(String(body)) : undefined);
+    const handle = () => this.#handle(method, pathname, searchParams, body ? JSON.parse(String(body)) : undefined);
+    if (is === "slow") return handle();
+    if (is.isDone) handle();
+    const headers: Record<string, string> = is.status === 429 ? { "retry-after": "1" } : {};
+    return Response.json({ message: "a fault" }, { status: is.status, headers });
   }
 
   #handle(method: string, path: string, query: URLSearchParams, body: unknown): Response {
-    const change = (what: string) => this.changes.push({ atMs: this.#stage.clock.now(), what });
+    const change = (what: "cordon" | "uncordon" | "evict", instance: string, more = instance) => {
+      this.changes.push({ atMs: this.#stage.clock.now(), what: `${what} ${more}` });
+      this.onChange?.(what, instance);
+    };
     const [, name = ""] = /^\/api\/v1\/nodes\/([^/]+)$/.exec(path) ?? [];
-    const instances = this.#instances();
-    const instance = instances.find((id) => this.#nameOf(id) === name);
+    const instance = name ? this.#instanceOf(name) : undefined;
     if (path === "/api/v1/nodes") {
+      const instances = this.#instances();
       const marked = query.get("labelSelector") === MARK;
       return Response.json({
         items: instances.filter((id) => !marked || MARK in this.node(id).labels).map((id) => this.#show(id)),
@@ -125,7 +174,14 @@ export class FakeKube {
     throw new Error(`the fake knows no ${method} ${path}`);
   }
 
-  #patch(instance: string, { metadata, spec = {} }: Patch, change: (what: string) => void): Response {
+  /** Whose node this is, if it has joined. */
+  #instanceOf(name: string): string | undefined {
+    if (!this.#named.has(name)) for (const id of this.#stage.world.ec2.instances.keys()) this.#nameOf(id);
+    const id = this.#named.get(name);
+    return id !== undefined && this.hasJoined(id) ? id : undefined;
+  }
+
+  #patch(instance: string, { metadata, spec = {} }: Patch, change: Change): Response {
     const node = this.node(instance);
     if (metadata.resourceVersion !== `${node.version}`) return Response.json({ reason: "Conflict" }, { status: 409 });
     const wasFree = !node.spec.unschedulable;
@@ -133,29 +189,38 @@ export class FakeKube {
     node.labels = merge(node.labels, metadata.labels ?? {});
     node.annotations = merge(node.annotations, metadata.annotations ?? {});
     node.version++;
-    if (wasFree && node.spec.unschedulable) change(`cordon ${instance}`);
-    if (!wasFree && !node.spec.unschedulable) change(`uncordon ${instance}`);
+    if (wasFree && node.spec.unschedulable) change("cordon", instance);
+    if (!wasFree && !node.spec.unschedulable) change("uncordon", instance);
     return Response.json(this.#show(instance));
   }
 
-  #evict(path: string, { deleteOptions }: Eviction, change: (what: string) => void): Response {
+  #evict(path: string, { deleteOptions }: Eviction, change: Change): Response {
     const pod = this.pods.find((p) => path === `/api/v1/namespaces/default/pods/${p.name}/eviction`);
     if (!pod) return Response.json({ reason: "NotFound" }, { status: 404 });
     if (pod.uid !== deleteOptions.preconditions.uid) return Response.json({ reason: "Conflict" }, { status: 409 });
     if (pod.isHeld) return Response.json({ message: "a budget" }, { status: 429 });
     if (!pod.isEnding) {
       pod.isEnding = true;
-      change(`evict ${pod.name}`);
-      this.#stage.world.after(pod.graceSeconds * 1000, () => this.pods.splice(this.pods.indexOf(pod), 1));
+      change("evict", this.#named.get(pod.node) ?? "", pod.name);
+      const graceSeconds = Math.min(pod.graceSeconds, deleteOptions.gracePeriodSeconds ?? pod.graceSeconds);
+      this.#stage.world.after(graceSeconds * 1000, () => this.#end(pod));
     }
     return Response.json({}, { status: 201 });
   }
+  #end(pod: FakePod): void {
+    this.pods.splice(this.pods.indexOf(pod), 1);
+    const free = this.schedule ? this.#instances().filter((id) => !this.node(id).spec.unschedulable) : [];
+    const next = this.schedule?.(free);
+    // Under its name, as a StatefulSet's.
+    if (next) this.pods.push({ ...pod, uid: `${pod.name}-${++this.#made}`, node: this.#nameOf(next), isEnding: false });
+  }
 }
+type Change = (what: "cordon" | "uncordon" | "evict", instance: string, more?: string) => void;
 type Patch = {
   metadata: { resourceVersion: string; labels?: Record<string, string>; annotations?: Record<string, string> };
   spec?: object;
 };
-type Eviction = { deleteOptions: { preconditions: { uid: string } } };
+type Eviction = { deleteOptions: { preconditions: { uid: string }; gracePeriodSeconds?: number } };
 const show = ({ name, uid, isEnding, graceSeconds }: FakePod) => ({
   metadata: { name, namespace: "default", uid, ...(isEnding && { deletionTimestamp: "2026-01-01T00:00:00Z" }) },
   spec: { terminationGracePeriodSeconds: graceSeconds },

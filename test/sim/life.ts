@@ -9,9 +9,11 @@ import { SpotAdvisor } from "../aws/advisor.ts";
 import { Random } from "../aws/basics.ts";
 import type { VolumeSpec } from "../aws/ebs.ts";
 import { AwsError, type Call, type Fault, type GroupSpec, type Service } from "../aws/world.ts";
+import { Agents, CONSUL_PORT } from "./consul.ts";
 import type { Account } from "./data.ts";
 import { type Daemon, type Program, Stage } from "./harness.ts";
 import { type Expected, type Finding, type Traits, Watch } from "./invariants.ts";
+import { FakeKube, KUBECONFIG, type KubeFault } from "./kube.ts";
 
 /** How often each feature is there in a life that is not a quiet one. */
 const FEATURES = {
@@ -77,11 +79,28 @@ const FEATURES = {
   s3: 0.25,
   /** A member is put in Standby, and then interrupted. */
   aside: 0.15,
+  /** Groups whose nodes are drained, in a cluster with pods that end late, or that a budget holds. */
+  pods: 0.25,
+  /** Groups whose services leave Consul. */
+  consul: 0.25,
+  /** The cluster and the agents are away, slow, busy, or fail. */
+  outages: 0.5,
 } as const;
 export type Feature = keyof typeof FEATURES;
 export const featureNames = Object.keys(FEATURES) as Feature[];
 /** Younger than the rest: each is drawn from a stream of its own, so that the lives of before stay as they were. */
-const LATER = new Set<Feature>(["volumes", "slowVolumes", "zoneDroughts", "generations", "s3", "preaction", "aside"]);
+const LATER = new Set<Feature>([
+  "volumes",
+  "slowVolumes",
+  "zoneDroughts",
+  "generations",
+  "s3",
+  "preaction",
+  "aside",
+  "pods",
+  "consul",
+  "outages",
+]);
 /** What a quiet life may have: nothing of it takes anything away. */
 const GENTLE = new Set<Feature>([
   "waves",
@@ -96,6 +115,8 @@ const GENTLE = new Set<Feature>([
   "volumes",
   "preaction",
   "s3",
+  "pods",
+  "consul",
 ]);
 
 export interface LifeOptions {
@@ -228,6 +249,7 @@ class Life {
       lagMs: 3_000 + staleMs + (has("latency") ? 10_000 : 0) + (isFaulty ? 120_000 : 0),
       spreadMs: Math.max(0, ...skews) + Math.max(0, ...skews.map((ms) => -ms)),
       alone: !has("daemons") && !isShaken && !has("stale"),
+      served: !has("outages"),
       deadLetters: isFaulty || isShaken,
     };
     this.#watch = new Watch(this.#stage.world, this.#stage.queues, traits);
@@ -235,6 +257,8 @@ class Life {
     this.#makeFleet();
     this.#makeFaults();
     this.#makeAdvisor();
+    this.#makeCluster();
+    this.#makeAgents();
     for (const skewMs of skews) this.#spawn(skewMs);
     this.#makeWeather();
     this.#makeMarket();
@@ -371,6 +395,7 @@ class Life {
       is_to_handle_maintenance_event: random.chance(0.7),
       ...(random.chance(0.2) && { alt1: "m5n.large" }),
       ...this.#preactionOptions(name),
+      ...this.#serviceOptions(name),
     };
     this.#watch.groups.set(name, {
       configured: isConfigured,
@@ -384,6 +409,9 @@ class Life {
       floor: desired,
       protects: isProtected,
       fallback: options.is_enable_od_fallback,
+      drained: "k8s_node_drain_option" in options,
+      graceMs: (options.k8s_node_drain_grace_second ?? 0) * 1000,
+      consul: "consul_port" in options,
       limit: options.max_num_of_terminated_one_time,
       detachMs: options.detaching_delay_seconds * 1000,
       softDetachMs: options.preaction_detach_delay_seconds * 1000,
@@ -884,6 +912,94 @@ class Life {
         const id = pick(random, asked);
         if (id && !this.#isOver && random.chance(0.15)) this.#interrupt(random, id);
       });
+  }
+
+  // --- Pods and services -----------------------------------------------------------------------------------------
+
+  #serviceOptions(name: string): { k8s_node_drain_option?: true; k8s_node_drain_grace_second?: number; consul_port?: number } {
+    const [pods, consul] = [streamOf(this.#seed, `pods ${name}`), streamOf(this.#seed, `consul ${name}`)];
+    const drain = {
+      k8s_node_drain_option: true as const,
+      k8s_config_file_path: KUBECONFIG,
+      k8s_node_drain_grace_second: choose(pods, 0, 20, 60, 300),
+    };
+    return {
+      ...(this.#features.has("pods") && pods.chance(0.7) && drain),
+      ...(this.#features.has("consul") && consul.chance(0.7) && { consul_port: CONSUL_PORT }),
+    };
+  }
+
+  /** A cluster of all groups: others' nodes are nobody's business. */
+  #makeCluster(): void {
+    if (!this.#features.has("pods")) return;
+    const { world } = this.#stage;
+    const random = streamOf(this.#seed, "pods");
+    const kube = new FakeKube(this.#stage);
+    this.#watch.watchCluster(kube);
+    kube.joinSeconds = choose(random, 5, 20, 30, 60, 3_600);
+    for (const group of world.autoscaling.groups.values())
+      for (const id of group.members.keys()) {
+        const isHeld = random.chance(0.1);
+        kube.populate([id], random.between([0, 4]), { graceSeconds: choose(random, 1, 5, 30, 120), isHeld });
+        if (random.chance(0.05)) this.#watch.theirs.add(id);
+        if (random.chance(0.1) && this.#watch.groups.get(group.name)?.configured) this.#watch.left.add(id);
+      }
+    for (const id of this.#watch.theirs) kube.node(id).spec.unschedulable = true;
+    const longAgoMs = this.#startMs - 50 * MINUTE;
+    for (const id of this.#watch.left)
+      kube.leave(id, {
+        deadlineMs: random.chance(0.5) ? longAgoMs : null,
+        ...(random.chance(0.5) && { drainMs: longAgoMs }),
+      });
+    kube.schedule = (free) => pick(random, free);
+    const held = kube.pods.filter((pod) => pod.isHeld);
+    world.after(random.between([0, this.#stretchMs]), () => {
+      for (const pod of held) pod.isHeld = false;
+    });
+    const fault = this.#outages("cluster");
+    kube.fault = () => {
+      if (random.chance(0.05)) kube.touch();
+      return fault();
+    };
+  }
+
+  #makeAgents(): void {
+    if (!this.#features.has("consul")) return;
+    const agents = new Agents(this.#stage, []);
+    this.#watch.agents = agents;
+    const fault = this.#outages("agents");
+    agents.instead = (_, __, address) => {
+      this.#watch.agentAsked(address);
+      if (!agents.services.has(address)) agents.services.set(address, new Set(["web", "api 1/a"]));
+      const { is = "slow", delayMs = 0 } = fault() ?? {};
+      if (is === "frozen") return new Promise(() => undefined);
+      if (is === "down") return Promise.reject(Object.assign(new Error("connection refused"), { code: "ECONNREFUSED" }));
+      if (is === "slow") return this.#stage.clock.sleep(delayMs).then(() => undefined);
+      return Promise.resolve(new Response("a fault", { status: is.status }));
+    };
+  }
+
+  /** Long ones, in which nobody answers, and between them single requests that come to nothing. */
+  #outages(whose: string): () => KubeFault | undefined {
+    const random = streamOf(this.#seed, `outages ${whose}`);
+    const rate = choose(random, 0.02, 0.1, 0.3);
+    const long = Array.from({ length: random.between([0, 3]) }, () => {
+      const fromMs = this.#startMs + random.between([0, this.#stretchMs]);
+      return {
+        fromMs,
+        toMs: fromMs + random.between([10_000, 5 * MINUTE]),
+        is: choose<KubeFault["is"]>(random, "down", "frozen"),
+      };
+    });
+    return () => {
+      if (!this.#features.has("outages") || this.#isOver) return undefined;
+      const nowMs = this.#stage.clock.now();
+      const outage = long.find(({ fromMs, toMs }) => nowMs >= fromMs && nowMs < toMs);
+      if (outage || !random.chance(rate)) return outage;
+      const delayMs = random.between([200, choose(random, 1_000, 4_000, 12_000)]);
+      const statuses = [429, 500, 503].map((status) => ({ status, isDone: random.chance(0.5) }));
+      return { delayMs, is: choose<KubeFault["is"]>(random, "down", "frozen", "slow", "slow", ...statuses) };
+    };
   }
 
   // --- Daemons ---------------------------------------------------------------------------------------------------

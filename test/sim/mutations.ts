@@ -173,6 +173,39 @@ export const MUTATIONS: Mutation[] = [
       [/if \(lifecycleState === "InService"\) return "go on";/, 'if (/InService|Standby/.test(lifecycleState)) return "go on";'],
     ],
   },
+  {
+    name: "pods go before their new node is there",
+    edits: [[/\(await isNodeReady\(ctx, cluster, work, claim\.id, round\)\)/, "true"]],
+  },
+  { name: "a drain knows no deadline", edits: [[/: deadlineMs - DRAIN_ENDS_MS;/, ": deadlineMs + 60_000;"]] },
+  { name: "pods stay where they are", edits: [[/\{ name: "drain", when: "k8s_node_drain_option", run: drain \},/, ""]] },
+  {
+    name: "a drain waits for no pod",
+    edits: [
+      [/ {2}if \(d\.left\?\.length !== 0 && cloudNow\(ctx\) < d\.overMs\) return retry[^\n]*/, ""],
+      [/\} while \(leftMs\(\) > 0\);/, "} while (false);"],
+    ],
+  },
+  { name: "a node is never given back", edits: [[/releaseNodes\(ctx\)\.catch/, "Promise.resolve().catch"]] },
+  {
+    name: "a node is given back while its instance is being replaced",
+    edits: [
+      [
+        /if \(x\.lifecycleState !== "InService" \|\| x\.isInHand \|\| x\.hasOpenClaim\) return false;/,
+        'if (x.lifecycleState !== "InService") return false;',
+      ],
+      [/return x\.nowMs > \(deadlineMs === null \? [^;]*;/, "return x.nowMs > markedMs;"],
+    ],
+  },
+  { name: "a node that somebody else had cordoned is uncordoned", edits: [[/ && node\.mark\?\.wasCordoned === false;/, ";"]] },
+  { name: "services stay in Consul", edits: [[/\{ name: "deregister", when: "consul_port", run: deregister \},/, ""]] },
+  {
+    name: "the replacement's own agent is asked",
+    edits: [
+      [/const address = old\?\.address;/, "const address = (replacement ?? old)?.address;"],
+      [/const other = replacement\?\.id === instance [^;]*;/, "const other = undefined;"],
+    ],
+  },
 ];
 
 const FOLDER = join(import.meta.dir, "../../node_modules/.cache/mutants");
