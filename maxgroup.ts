@@ -2106,7 +2106,7 @@ async function judge(ctx: Ctx, work: Work, group: Group | undefined): Promise<Re
   if (verdict === "not in service") return skip(`not in service but ${member?.lifecycleState}: nothing to replace`, "info");
   if (verdict === "leaving" || isGone(old)) {
     // What was launched for it is still to be brought to its end.
-    const begun = winner(await claimsOf(ctx, work.instance));
+    const { claim: begun } = await claimOn(ctx, work.instance);
     if (begun && !isSettled(begun)) return undefined;
     if (verdict === "leaving") return skip(member ? `already leaving (${member.lifecycleState})` : `has left ${name}`, "info");
     return skip(`already ${old?.state ?? "gone"}: ${name} substitutes it by itself`, "info");
@@ -2114,7 +2114,7 @@ async function judge(ctx: Ctx, work: Work, group: Group | undefined): Promise<Re
   if (!group || group.status) return skip(`group ${name} is being deleted: nothing is launched`, "warn");
   if (group.suspended.has("Launch")) {
     // What was launched before is attached once the process is resumed, or swept up.
-    const begun = winner(await claimsOf(ctx, work.instance));
+    const { claim: begun } = await claimOn(ctx, work.instance);
     if (begun && !isSettled(begun)) return retry(`the Launch process of ${name} is suspended: ${begun.id} waits`, 5);
     return skip(`the Launch process of ${name} is suspended: AWS would refuse the replacement, so none is launched`, "warn");
   }
@@ -2378,6 +2378,26 @@ async function claimsOf(ctx: Ctx, old: string): Promise<Ec2Instance[]> {
   }
 }
 
+/** The living claim on an old instance that wins; and those that are gone: dead, or let go in their turn, and so members no more. */
+async function claimOn(ctx: Ctx, old: string): Promise<{ claim: Ec2Instance | undefined; gone: Ec2Instance[] }> {
+  const claims = await claimsOf(ctx, old);
+  const isLetGo = await Promise.all(
+    claims.map(async (c) => isLiving(c) && TAG.detached in c.tags && !(await ctx.cloud.member(c.id))),
+  );
+  return { claim: winner(claims.filter((_, n) => !isLetGo[n])), gone: claims.filter((c, n) => isLetGo[n] || !isLiving(c)) };
+}
+
+/** Who stands for an old instance: its claim; where that is gone, the claim on that one, until it is settled. */
+async function standsFor(ctx: Ctx, old: string, depth = 0): Promise<Ec2Instance | undefined> {
+  const { claim, gone } = await claimOn(ctx, old);
+  if (claim && (depth === 0 || !isSettled(claim))) return claim;
+  for (const { id } of !claim && depth < 5 ? gone : []) {
+    const next = await standsFor(ctx, id, depth + 1);
+    if (next) return next;
+  }
+  return undefined;
+}
+
 /** Gives batches that lack it their order: each launch call's instances, dead ones included, by ID. */
 async function writeOrders(ctx: Ctx, unordered: Ec2Instance[]): Promise<void> {
   const batches = Map.groupBy(unordered, (c) => `${c.tags["aws:ec2:fleet-id"] ?? ""} ${c.tags[TAG.replaces]}`);
@@ -2413,9 +2433,9 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
 const SUBSTITUTED = "substituted";
 /** Desired counts a claim that died as a member, so the group's own substitute for it stands in for the old one as well. */
 async function isSubstituted(ctx: Ctx, { instance, group: name }: Work): Promise<boolean> {
-  const dead = (await claimsOf(ctx, instance)).filter((c) => !isLiving(c));
-  const group = dead.length ? await ctx.cloud.group(name) : undefined;
-  for (const { id } of group ? dead : [])
+  const { claim, gone } = await claimOn(ctx, instance);
+  const group = !claim && gone.length ? await ctx.cloud.group(name) : undefined;
+  for (const { id } of group ? gone : [])
     if (group?.members.has(id) || (await howOldLeft(ctx, name, id)) === "substituted") return true;
   return false;
 }
@@ -2435,12 +2455,12 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
     const desperate = pass > 0 || rungs.at(-1) !== "on-demand";
     for (; ; work.rung++) {
       // Before a crash, by another daemon, or under a token that came back as a mismatch.
-      const claim = winner(await claimsOf(ctx, work.instance));
+      if (await isSubstituted(ctx, work)) return SUBSTITUTED;
+      const claim = await standsFor(ctx, work.instance);
       if (claim && !(await isLost(ctx, claim))) {
-        work.log.info(`${claim.id} was launched before for ${work.instance}: going on with it`);
+        work.log.info(`${claim.id} was launched before for ${replacedBy(claim)}: going on with it`);
         return claim.id;
       }
-      if (!claim && (await isSubstituted(ctx, work))) return SUBSTITUTED;
       if (work.rung >= ladder.length) break;
       // An old one that has left meanwhile needs no new replacement: its group sees to that.
       if (!old || !member) return undefined;
@@ -3011,7 +3031,7 @@ async function attach(ctx: Ctx, work: Work): Promise<Result> {
   const claim = work.claim ?? "";
   const shown = await claimsOf(ctx, work.instance);
   if (shown.some((c) => c.id === claim && isSettled(c))) return done;
-  const best = winner(shown);
+  const best = await standsFor(ctx, work.instance);
   if (best && best.id !== claim) {
     work.claim = best.id;
     return again(`${best.id} wins over ${claim}`, 0);
@@ -3108,10 +3128,9 @@ async function standingOf(ctx: Ctx, group: Group, claim: Ec2Instance): Promise<S
  * the substitute that the group launched for it (desired still counts the dead one).
  */
 async function standIn(ctx: Ctx, group: Group, old: string, depth = 0): Promise<{ claim?: Ec2Instance; standing: Standing }> {
-  const claims = await claimsOf(ctx, old);
-  const claim = winner(claims);
+  const { claim, gone } = await claimOn(ctx, old);
   if (claim) return { claim, standing: await standingOf(ctx, group, claim) };
-  for (const dead of depth < 5 ? claims : []) {
+  for (const dead of depth < 5 ? gone : []) {
     if (group.members.has(dead.id)) return { standing: "joining" }; // the group has not noticed yet that it is to substitute it
     if ((await howOldLeft(ctx, group.name, dead.id)) === "substituted") {
       const others = [...group.members.values()].filter((m) => m.id !== old && m.lifecycleState === "InService");

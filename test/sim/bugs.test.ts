@@ -303,3 +303,19 @@ test("a queue that takes no messages for a quarter of an hour makes no dead lett
   expect(s.world.queueDepth(s.queues.deadLetter).visible).toBe(0);
   s.check([old, calm], { web: [3, 5, 3] });
 });
+
+test("a second notice, when its replacement was itself replaced and let go, goes on with that one's replacement", async () => {
+  const s = new Stage();
+  const old = first(
+    s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 600 }),
+  );
+  await s.start();
+  s.world.rebalance(old);
+  const one = await inService(s);
+  s.world.interrupt(one);
+  await s.until(() => s.world.instance(one).state === "terminated", 300);
+  s.world.interrupt(old);
+  await s.quiet(7200);
+  expect([...s.world.ec2.instances.values()].filter((i) => i.tags.has("spotmax:replaces")).length).toBe(2);
+  expect(sizes(s)).toEqual([3, 5, 3]);
+});
