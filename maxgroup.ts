@@ -4785,6 +4785,8 @@ export function judgeClaim(x: {
   isWinner: boolean;
   winnerInService: boolean;
   member: Member | undefined;
+  /** Carries spotmax:detached: outside its group its termination message ends it, when its time has come. */
+  isLetGo: boolean;
   outsideMs: number;
   ageMs: number;
   old: "staying" | "decremented" | "substituted" | "unknown";
@@ -4794,7 +4796,7 @@ export function judgeClaim(x: {
   patienceMs: number;
 }): "leave" | "settle" | "end outside" | "end member" | "remind" {
   if (!x.member) {
-    if (x.outsideMs < SECOND_READ_MS) return "leave";
+    if (x.isLetGo || x.outsideMs < SECOND_READ_MS) return "leave";
     if (!x.isWinner && x.winnerInService) return "end outside";
     if (x.old === "decremented") return "end outside";
     return x.ageMs > LEAK_MS ? "end outside" : "leave";
@@ -4847,6 +4849,7 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       isWinner: best?.id === claim.id,
       winnerInService: best !== undefined && group?.members.get(best.id)?.lifecycleState === "InService",
       member,
+      isLetGo: TAG.detached in claim.tags,
       outsideMs: nowMs - (ctx.state.outsideSince.get(claim.id) ?? nowMs),
       ageMs: cloudNow(ctx) - claim.launchedMs,
       old: fates[n] ?? "unknown",

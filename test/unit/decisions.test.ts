@@ -233,6 +233,7 @@ describe("what becomes of an unsettled claim", () => {
     membersInService: 4,
     desired: 5,
     patienceMs: 2 * minute,
+    isLetGo: false,
   };
   const outside = { ...inside, member: undefined, winnerInService: false, outsideMs: 31_000 };
   type Case = [string, Parameters<typeof judgeClaim>[0], ReturnType<typeof judgeClaim>];
@@ -247,6 +248,11 @@ describe("what becomes of an unsettled claim", () => {
       "leave",
     ],
     ["outside for more than ten minutes: a leak", { ...outside, ageMs: 10 * minute + 1 }, "end outside"],
+    [
+      "let go: its termination message's business",
+      { ...outside, isLetGo: true, ageMs: 60 * minute, old: "decremented" },
+      "leave",
+    ],
     ["old, but seen outside for less than 30 s", { ...outside, ageMs: 60 * minute, outsideMs: 29_000 }, "leave"],
     ["outside, a loser whose winner is in service: ended", { ...outside, isWinner: false, winnerInService: true }, "end outside"],
     ["outside, a loser whose winner is not: kept", { ...outside, isWinner: false }, "leave"],

@@ -615,6 +615,7 @@ describe("AWS's answers", () => {
       fc.property(
         fc.record({
           isWinner: fc.boolean(),
+          isLetGo: fc.boolean(),
           winnerInService: fc.boolean(),
           member: fc.option(
             states.map((lifecycleState) => ({ ...member, lifecycleState })),
