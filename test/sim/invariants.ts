@@ -303,8 +303,10 @@ export class Watch {
           (this.#actor === "daemon" && what === "detach" && this.#isTimeUp(id)) ||
           (this.#actor === "world" && expected.weighted);
       // So the group may take one on its way out for a surplus of its own making, and say that it shrinks.
-      if (expected.weighted && this.#actor === "world" && what === "terminating" && this.isInHand(id))
+      if (expected.weighted && this.#actor === "world" && what === "terminating" && this.isInHand(id)) {
         expected.above += this.#weightOf(groupName, id);
+        expected.resized = true;
+      }
       // One too many that AWS takes before it was ended is substituted, too, and nothing of ours is left to be ended.
       const claim = this.claims.get(id);
       const isSurplus = claim && !this.#instance(id)?.tags.has("spotmax:attached") && !this.#isMember(claim.old, groupName);
