@@ -4262,6 +4262,7 @@ async function waitForNode(ctx: Ctx, work: Work): Promise<Result> {
     work.left = !isStaying(group?.members.get(work.instance));
     if (!group || work.left) return done;
     if (round % 5 === 0) now = await standIn(ctx, group, work.instance);
+    if (round % 5 === 0 && (await isDead(ctx, work))) return done;
     const { claim, standing } = now;
     lapse(ctx, work);
     const { deadlineMs } = work;
@@ -4279,6 +4280,14 @@ async function waitForNode(ctx: Ctx, work: Work): Promise<Result> {
       return done;
     }
   }
+}
+/** AWS took it early: its pods are gone, and it is to leave its group before that notices and substitutes it. */
+async function isDead(ctx: Ctx, work: Work): Promise<boolean> {
+  const old = await ctx.cloud.instance(work.instance);
+  if (!old || isLiving(old)) return false;
+  work.log.info(`${old.id} is ${old.state}: its pods are not waited for`);
+  work.drained = true;
+  return true;
 }
 /** Nothing is to be drained; a cluster that does not answer says no such thing. */
 async function isNodeless(ctx: Ctx, cluster: Cluster, work: Work): Promise<boolean> {
@@ -4423,11 +4432,12 @@ async function drain(ctx: Ctx, work: Work): Promise<Result> {
       ? patienceEndsMs(ctx, work) + options.k8s_node_drain_grace_second * 1000
       : deadlineMs - DRAIN_ENDS_MS;
   const leftMs = () => (deadlineMs === undefined ? Math.min(d.overMs, beganMs + HELD_MS) : d.overMs) - cloudNow(ctx);
-  do {
+  for (let round = 0; round === 0 || leftMs() > 0; round++) {
+    if (round % 3 === 0 && (await isDead(ctx, work))) return done;
     await drainRound(ctx, work, d, Math.max(leftMs(), deadlineMs === undefined ? 5_000 : 1));
     if (d.left?.length === 0) break;
     if (leftMs() > 0) await pause(ctx, Math.min(POLL_MS, leftMs()));
-  } while (leftMs() > 0);
+  }
   const name = d.node?.name ?? `the node of ${work.instance}`;
   if (d.left?.length !== 0 && cloudNow(ctx) < d.overMs) return retry(`${d.left?.length ?? "all"} pods are still on ${name}`, 5);
   work.drained = true;

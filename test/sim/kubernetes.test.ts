@@ -93,6 +93,24 @@ test.each(["down", "frozen"] as const)(
   },
 );
 
+test.each([
+  ["while its replacement's node is waited for", 40, 3_600],
+  ["while a budget holds its pods", 70, 20],
+])(
+  "an old one that AWS takes early, %s, is detached at once, before its group substitutes it",
+  async (_, noticeSeconds, join) => {
+    const { s, kube, old, at } = scene();
+    kube.joinSeconds = join;
+    for (const pod of kube.podsOn(old)) pod.isHeld = true;
+    await s.start();
+    s.world.interrupt(old, { noticeSeconds });
+    await s.quiet();
+    s.check([old], { web: [3, 5, 3] }, { dips: true });
+    expect(at("detach", old)).toBeWithin(noticeSeconds, noticeSeconds + 9);
+    expect(s.world.audit.filter((a) => a.what === "group launch")).toEqual([]);
+  },
+);
+
 test("a cluster that comes back while there is time is drained then", async () => {
   const { s, kube, old, at } = scene();
   await s.start();

@@ -183,7 +183,7 @@ export const MUTATIONS: Mutation[] = [
     name: "a drain waits for no pod",
     edits: [
       [/ {2}if \(d\.left\?\.length !== 0 && cloudNow\(ctx\) < d\.overMs\) return retry[^\n]*/, ""],
-      [/\} while \(leftMs\(\) > 0\);/, "} while (false);"],
+      [/round === 0 \|\| leftMs\(\) > 0; round\+\+/, "round === 0; round++"],
     ],
   },
   { name: "a node is never given back", edits: [[/releaseNodes\(ctx\)\.catch/, "Promise.resolve().catch"]] },
