@@ -591,26 +591,33 @@ async function aws<T>(
   for (let attempt = 1; ; attempt++) {
     const limit = new AbortController();
     const done = new AbortController();
-    let isSent = false;
+    let sentMs: number | undefined;
     const options: SendOptions = {
       abortSignal: limit.signal,
       sent: () => {
-        isSent = true;
+        sentMs = ctx.deps.now();
       },
+    };
+    // An answer that does not come in five seconds mostly does not come at all; the next tries have more patience.
+    const patienceMs = tries === 1 ? timeoutMs : Math.min(timeoutMs, timeoutMs > 15_000 ? timeoutMs : 5_000 * attempt);
+    const expire = async () => {
+      const startMs = ctx.deps.now();
+      for (;;) {
+        // What waits for its turn has that time still before it.
+        const leftMs = (sentMs === undefined ? startMs + timeoutMs : sentMs + patienceMs) - ctx.deps.now();
+        if (leftMs <= 0) break;
+        await ctx.deps.sleep(Math.min(leftMs, patienceMs), done.signal);
+      }
+      const late = Object.assign(new Error("no answer in time"), { name: "TimeoutError" });
+      limit.abort(late);
+      throw late;
     };
     try {
       if (attempt > 1) await pause(ctx, ctx.deps.random() * Math.min(4_000, 75 * 2 ** attempt));
-      return await Promise.race([
-        send(options),
-        ctx.deps.sleep(timeoutMs, done.signal).then(() => {
-          const late = Object.assign(new Error(`no answer in ${timeoutMs / 1000} s`), { name: "TimeoutError" });
-          limit.abort(late);
-          throw late;
-        }),
-      ]);
+      return await Promise.race([send(options), expire()]);
     } catch (cause) {
       if (cause instanceof Stopped) throw mayBeOut ? cause : new Unsent("stopping", { cause });
-      mayBeOut ||= isSent && !THROTTLED.test(errorName(cause));
+      mayBeOut ||= sentMs !== undefined && !THROTTLED.test(errorName(cause));
       if (attempt >= tries || !isRetryable(cause) || (!mayBeOut && isLate())) throw new Error(doing, { cause });
       ctx.deps.log.debug(`${doing}: ${errorText(cause)}; trying again`, { error: errorName(cause), attempt });
     } finally {

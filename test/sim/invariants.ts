@@ -98,6 +98,8 @@ export interface Expected {
 }
 
 interface NoticeRecord {
+  /** It has one that is not preaction's, which takes any type. */
+  isNamed: boolean;
   /** When the first one was made; and whether any of them has no deadline. */
   madeMs: number;
   isSoft: boolean;
@@ -241,6 +243,7 @@ export class Watch {
       group.members.get(id)?.state === "InService" &&
       instance.state === "running";
     this.notices.set(id, {
+      isNamed: true,
       madeMs: known?.madeMs ?? this.#world.now(),
       isSoft: deadlineMs === undefined || known?.isSoft === true,
       deadlineMs: Math.min(known?.deadlineMs ?? Number.POSITIVE_INFINITY, deadlineMs ?? Number.POSITIVE_INFINITY),
@@ -794,7 +797,14 @@ export class Watch {
     if (known) known.isSoft = true;
     if (known) return; // a copy, or one that has another notice as well
     const madeMs = this.#world.now();
-    this.notices.set(id, { madeMs, isSoft: true, deadlineMs: Number.POSITIVE_INFINITY, owed: false, inTime: false });
+    this.notices.set(id, {
+      isNamed: false,
+      madeMs,
+      isSoft: true,
+      deadlineMs: Number.POSITIVE_INFINITY,
+      owed: false,
+      inTime: false,
+    });
     if (!instance || !this.groups.get(instance.group ?? "")?.configured) {
       if (!this.#outOfServiceMs.has(id)) this.find("4", `${id}, which is in no group of ours, is to be replaced`);
       return;
@@ -821,7 +831,7 @@ export class Watch {
     const [fresh, replaced] = [this.#instance(id), this.#instance(old)];
     if (fresh?.lifecycle !== "spot") this.find("preaction", `${id}, launched for ${old} without need, is on-demand`);
     const better = this.#better.get(old);
-    if (better && fresh && !better.has(fresh.type))
+    if (better && fresh && !this.notices.get(old)?.isNamed && !better.has(fresh.type))
       this.find("preaction", `${id} is a ${fresh.type}, and in the place of ${old} only ${[...better].join(" ")} would do`);
     if (!this.#traits.strict) return;
     const open = [...this.claims].flatMap(([claim, { old: o }]) =>

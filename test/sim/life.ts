@@ -143,7 +143,8 @@ export interface Outcome {
 }
 
 const MINUTE = 60_000;
-const REST_MINUTES = 90;
+/** Preaction goes on by itself: as members grow an hour old, one after the other. */
+const REST_MINUTES = { usual: 90, preaction: 240 };
 const STEP_MS = 5_000;
 const BUCKET = "config";
 /** How many times as often calls fail in a storm. */
@@ -239,7 +240,7 @@ class Life {
     const skew = streamOf(seed, "skew");
     const count = has("daemons") ? choose(streamOf(seed, "daemons"), 2, 2, 3) : 1;
     const skews = Array.from({ length: count }, () => (has("skew") ? skew.between([-20_000, 20_000]) : 0));
-    const isFaulty = ["throttles", "errors", "hangs", "slowness", "deafness", "buckets"].some((f) => has(f as Feature));
+    const isFaulty = this.#isFaulty();
     const isShaken = ["kills", "sigterms", "sqs", "lostDeletes"].some((f) => has(f as Feature));
     const isOperated = ["operator", "meddling", "removal", "reconfiguration", "aside"].some((f) => has(f as Feature));
     const traits: Traits = {
@@ -292,12 +293,13 @@ class Life {
   /** Until nothing moves for a while; not to come to rest is a failure. */
   async #rest(): Promise<Account | undefined> {
     const { clock } = this.#stage;
-    const endMs = clock.now() + REST_MINUTES * MINUTE;
+    const restMinutes = this.#features.has("preaction") ? REST_MINUTES.preaction : REST_MINUTES.usual;
+    const endMs = clock.now() + restMinutes * MINUTE;
     let calmSteps = 0;
     for (let why: string | undefined = "not looked yet"; ; ) {
       if (this.#watch.findings.length) return undefined;
       if (clock.now() > endMs) {
-        this.#watch.find("quiet", `no rest after ${REST_MINUTES} minutes: ${why}`);
+        this.#watch.find("quiet", `no rest after ${restMinutes} minutes: ${why}`);
         return undefined;
       }
       await clock.advance(STEP_MS);
@@ -1177,6 +1179,12 @@ class Life {
     this.#watch.operate("autoscaling", "ResumeProcesses", { AutoScalingGroupName: name });
   }
 
+  /** AWS's answers are late, lost or refusals. */
+  #isFaulty(): boolean {
+    const faults: Feature[] = ["throttles", "errors", "hangs", "slowness", "deafness", "buckets"];
+    return faults.some((name) => this.#features.has(name));
+  }
+
   /** A member is taken out by hand. */
   #meddle(random: Random, name: string): void {
     const { world } = this.#stage;
@@ -1203,6 +1211,8 @@ class Life {
     if (act === "TerminateInstances") {
       // As if it had failed: its group substitutes it, and all sizes stay, whatever it was.
       this.#watch.operate("ec2", act, { InstanceIds: [id] });
+      // Where answers take long as well, the one that it stands for may be gone before anybody has acted: both are substituted.
+      if (isInHand && this.#isFaulty()) expected.above += member.weight;
       return;
     }
     const input = act === "TerminateInstanceInAutoScalingGroup" ? { InstanceId: id, ShouldDecrementDesiredCapacity } : many;
