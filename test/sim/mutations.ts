@@ -78,7 +78,10 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "the replacement stays protected from scale-in",
-    edits: [[/await protect\(ctx, name, isKept\(false\), false\);/, ""]],
+    edits: [
+      [/await protect\(ctx, name, isKept\(false\), false\);/, ""],
+      [/await release\(ctx, g\);/, ""],
+    ],
   },
   {
     name: "nobody looks for an earlier launch",
