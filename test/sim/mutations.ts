@@ -80,7 +80,7 @@ export const MUTATIONS: Mutation[] = [
     name: "the replacement stays protected from scale-in",
     edits: [
       [/lane\(ctx, name\)\.release\(c\.id\)/, "undefined"],
-      [/\(c\) => keptSince\(ctx, c\) === false && /, "() => false && "],
+      [/await release\(ctx, g\);/, ""],
     ],
   },
   {
