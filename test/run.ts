@@ -13,7 +13,7 @@ import { join } from "node:path";
 /** In this order, and how long each may take in all. Folders that are not named come last, with the default. */
 const minutesByFolder: Record<string, number> = {
   unit: 5,
-  sim: 15,
+  sim: 30,
   e2e: 10,
   wire: 10,
   kube: 10,

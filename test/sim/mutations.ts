@@ -85,7 +85,7 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "nobody looks for an earlier launch",
-    edits: [[/const claim = winner\(await claimsOf\(ctx, work\.instance\)\);/, "const claim = winner([]);"]],
+    edits: [[/const claim = await standsFor\(ctx, work\.instance\);/, "const claim = winner([]);"]],
   },
   { name: "a batch is tagged in the order of the answer", edits: [[/\n {2}ids\.sort\(\);/, ""]] },
   {
