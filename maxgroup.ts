@@ -838,7 +838,7 @@ export function batcher<K, V>(
   return Object.assign(add, { waiting: () => queues.values().reduce((sum, q) => sum + q.length, 0) });
 }
 
-/** So many calls of one kind in so long leave at once; then a call waits for company, half a second or until it is full. */
+/** In a wave so many calls of one kind in so long leave at once; then one waits for company, half a second or until it is full. */
 const FREE_READS = 30;
 const FREE_READS_MS = 15_000;
 const COMPANY_MS = 500;
@@ -854,7 +854,7 @@ function reader<V>(
   const waiting = new Map<string, Promise<V | undefined>>();
   const room = async () => {
     const sinceMs = now();
-    const isBusy = () => recent.length >= FREE_READS && now() - (recent[0] ?? 0) < FREE_READS_MS;
+    const isBusy = () => ctx.state.inHand.size > WAVE && recent.length >= FREE_READS && now() - (recent[0] ?? 0) < FREE_READS_MS;
     while (isBusy() && waiting.size < limit && now() - sinceMs < COMPANY_MS) await pause(ctx, 50);
     recent.push(now());
     if (recent.length > FREE_READS) recent.shift();
