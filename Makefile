@@ -87,7 +87,7 @@ sim: $(MODULES) ## lives of random fleets under faults, in virtual time; SEEDS=2
 	@$(BUN) test/sim/run.ts $(or $(SEEDS),200)
 
 .PHONY: bench
-bench: dist/max_group $(MODULES) ## what it costs, in one table (six minutes); ONLY="start waves" for some sections
+bench: dist/max_group $(MODULES) ## what it costs, in one table (nine minutes); ONLY="start waves" for some sections
 	@$(BUN) test/bench.ts $(if $(FULL),--full) $(ONLY)
 
 .PHONY: check check-types check-style check-template check-scripts
