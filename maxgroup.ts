@@ -2066,6 +2066,9 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   const { instance, notice } = work;
   const member = await ctx.cloud.member(instance);
   if (!member) await ctx.state.firstPass; // only now is it known what was begun before a restart
+  // After a restart a replacement of ours may not be known as one yet, and is protected by us.
+  const shown = member?.isProtected && !notice.carried ? await ctx.cloud.instance(instance) : undefined;
+  const claim = ctx.state.claims.get(instance) ?? (shown && TAG.replaces in shown.tags ? shown : undefined);
   const name = member?.group ?? (notice.carried?.group || claimGroup(ctx, instance));
   const known = name ? ctx.state.groups.get(name) : undefined;
   // What was begun is finished in its own group, and nowhere else.
@@ -2081,7 +2084,6 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   if (row?.option && !work.options[row.option]) return skip(`${notice.type}: ${row.option} is off`);
 
   // Before anything can fail, for it travels in every copy. A replacement that is itself replaced is protected by us.
-  const claim = ctx.state.claims.get(instance);
   const isOurs = member && !notice.carried && claim && !isSettled(claim);
   const kept = claim && keptSince(ctx, claim);
   if (member && !notice.carried) work.oldProtected = (kept ?? member.isProtected) && !isOurs;
@@ -3202,7 +3204,12 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
     }
     if (work.deadlineMs === undefined) {
       if (standing === "none") return claimGone(ctx, work);
-      return retry(`replacement ${work.claim ?? ""} is ${standing}`, work.refused || standing === "outside" ? 60 : 15);
+      if (standing !== "in service" || isFresh(ctx, work, LEAK_MS))
+        return retry(`replacement ${work.claim ?? ""} is ${standing}`, work.refused || standing === "outside" ? 60 : 15);
+      work.log.warn(
+        `replacement ${work.claim ?? ""} is in service, but not healthy in its target groups: ${work.instance} stays until it is; what was attached while AddToLoadBalancer was suspended must be registered by hand`,
+      );
+      return retry("its replacement does not get healthy", 300);
     }
     await tick(ctx, work.deadlineMs);
   }

@@ -321,3 +321,24 @@ test("a second notice, when its replacement was itself replaced and let go, goes
   expect([...s.world.ec2.instances.values()].filter((i) => i.tags.has("spotmax:replaces")).length).toBe(2);
   expect(sizes(s)).toEqual([3, 5, 3]);
 });
+
+test("a replacement's notice that meets a daemon just started does not take our protection for its owner's", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 60 }));
+  const daemon = await s.start();
+  s.world.interrupt(old);
+  const claim = await inService(s);
+  await s.until(() => s.world.autoscaling.groups.get("web")?.members.get(claim)?.protected === true, 60);
+  daemon.kill();
+  await s.seconds(21); // its last receive takes no message with it
+  const untilMs = s.clock.now() + 30_000;
+  s.world.intercept = ({ operation, input }) =>
+    operation === "DescribeInstances" && JSON.stringify(input).includes("tag-key") && s.clock.now() < untilMs
+      ? { before: new AwsError("RequestLimitExceeded", "Request limit exceeded.", 503) }
+      : undefined;
+  s.world.interrupt(claim);
+  s.spawn();
+  await s.quiet(3600);
+  const isProtected = [...(s.world.autoscaling.groups.get("web")?.members.values() ?? [])].map((m) => m.protected);
+  expect(isProtected).toEqual([false, false, false]);
+});

@@ -1177,6 +1177,11 @@ class Life {
     this.#say(`operator: resumes all of ${name}`);
     if (group.suspended.has("Launch")) expected.pausedUntilMs = this.#stage.clock.now();
     this.#watch.operate("autoscaling", "ResumeProcesses", { AutoScalingGroupName: name });
+    // What joined while AddToLoadBalancer was suspended is not added afterwards: AWS leaves that to the operator.
+    const { elbv2 } = this.#stage.world;
+    for (const arn of group.targetGroupArns)
+      for (const [id, { state }] of group.members)
+        if (state === "InService" && elbv2.health(arn, id) === "unused") elbv2.register(arn, id);
   }
 
   /** AWS's answers are late, lost or refusals. */
