@@ -1746,6 +1746,7 @@ export type Work = {
   attempt: number;
   /** On the way out: the old one has left already; with which decrement to detach it; the minimum refused one. */
   left: boolean;
+  leftMs?: number;
   decrement: boolean;
   refused: boolean;
   log: Log;
@@ -3312,12 +3313,18 @@ async function detachBatch(ctx: Ctx, name: string, items: DetachItem[]): Promise
   return items.map((i) => verdicts.get(i.old) ?? "not ready");
 }
 
+const TOLD_MS = 10_000;
+
 async function detach(ctx: Ctx, work: Work): Promise<Result> {
   const { instance, claim, decrement, group } = work;
   if (work.left) {
+    const now = await ctx.cloud.group(group);
+    // Activities lag: until they tell, the tag is an intention, and its group may have ended the old one by itself.
+    if (now && !work.leftMs) work.leftMs = ctx.deps.now();
+    const isUntold = now && (await howOldLeft(ctx, group, instance)) === "decremented" && !ctx.state.left.has(instance);
+    if (isUntold && ctx.deps.now() - (work.leftMs ?? 0) < TOLD_MS) return again("its group does not tell yet how it left", 2_000);
     work.log.info(`${instance} has left ${group} already`);
     // A crash between detach and settling: finish it here, where it is known whether the old one was protected.
-    const now = await ctx.cloud.group(group);
     // A later notice knows less: the old one was no member any more when it came.
     const known = claim ? (ctx.state.claims.get(claim) ?? (await ctx.cloud.instance(claim))) : undefined;
     const settledBefore = known !== undefined && isSettled(known);
@@ -3654,6 +3661,9 @@ async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance)
     (a, b) => (b.StartTime?.getTime() ?? 0) - (a.StartTime?.getTime() ?? 0),
   );
   if (!snapshot?.SnapshotId) {
+    // Describes lag: a volume that shows as available may have been attached meanwhile, and be written to until the end.
+    const ended = await ctx.cloud.instance(work.instance);
+    if (ended && ended.state !== "terminated") return retry(`${work.instance} has not ended yet`, 3);
     const TagSpecifications = [{ ResourceType: "snapshot" as const, Tags: tags(source.id) }];
     const input = { VolumeId: source.id, Description, TagSpecifications };
     const made = await aws(ctx, `copying ${source.id}`, (o) => ctx.deps.ec2.send(new CreateSnapshotCommand(input), o), {

@@ -168,6 +168,8 @@ export class Watch {
   /** The types that preaction has named as better, by old instance; none for a fallback. */
   readonly #better = new Map<string, Set<string>>();
   readonly #detachedMs = new Map<string, number>();
+  /** When a group last had as many in service as it desires. */
+  readonly #fullMs = new Map<string, number>();
   readonly #asideMs = new Map<string, number>();
 
   constructor(world: World, queues: Queues, traits: Traits) {
@@ -190,6 +192,7 @@ export class Watch {
     };
     world.onCapacity(({ group, inService }) => {
       const expected = this.groups.get(group);
+      if (inService >= (world.autoscaling.groups.get(group)?.desired ?? 0)) this.#fullMs.set(group, world.now());
       if (expected?.configured && !expected.deleted && inService < expected.floor) {
         this.find("capacity", `${group} has ${inService} in service, and without us it had at least ${expected.floor}`);
         expected.floor = inService; // said once
@@ -312,7 +315,8 @@ export class Watch {
       }
       // One too many that AWS takes before it was ended is substituted, too, and nothing of ours is left to be ended.
       const claim = this.claims.get(id);
-      const isSurplus = claim && !this.#instance(id)?.tags.has("spotmax:attached") && !this.#isMember(claim.old, groupName);
+      const isOldThere = claim && this.#isMember(claim.old, groupName) && this.#instance(claim.old)?.state === "running";
+      const isSurplus = claim && !this.#instance(id)?.tags.has("spotmax:attached") && !isOldThere;
       if (isDeath && this.#actor === "world" && isSurplus) {
         expected.above += this.#weightOf(groupName, id);
         expected.resized = true;
@@ -664,7 +668,9 @@ export class Watch {
     // A replacement that died as a member was substituted by the group, as any member is: then the group's own
     // stands in for it, and the group must be full without the one that goes.
     const group = this.#world.autoscaling.groups.get(name);
-    const isFull = group !== undefined && (this.#world.autoscaling.sample(name)?.inService ?? 0) >= group.desired;
+    const isFullNow = group !== undefined && (this.#world.autoscaling.sample(name)?.inService ?? 0) >= group.desired;
+    // Or it was so a moment ago, when somebody may have seen it.
+    const isFull = isFullNow || (this.#fullMs.get(name) ?? 0) >= this.#world.now() - this.#traits.lagMs;
     if (!ready.length && isFull && this.#chainOf(id).some((claim) => this.#inServiceMs.has(claim))) return;
     if (!ready.length) {
       this.find("6", `${id} was detached, and nobody launched for it is in service`);

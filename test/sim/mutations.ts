@@ -140,7 +140,10 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "a snapshot is made before the instance has ended",
-    edits: [[/if \(source\.state !== "available"\) \{/, 'if (source.state !== "available" && source.zone === target.zone) {']],
+    edits: [
+      [/if \(source\.state !== "available"\) \{/, 'if (source.state !== "available" && source.zone === target.zone) {'],
+      [/if \(ended && ended\.state !== "terminated"\)[^\n]*/, ""],
+    ],
   },
   {
     name: "a snapshot is made without looking for an earlier one",
