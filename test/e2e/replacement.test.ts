@@ -131,16 +131,18 @@ story("nothing to be had anywhere: detached without decrement five seconds befor
   await s.finish([old], { dips: true, launches: 0, replaced: false });
 });
 
-story("capacity that comes when the old one is detached already: the late replacement joins, and goes as surplus", async (s) => {
-  const old = first(s.group({ name: "web", ...roomy, types: TYPES }));
-  const pools = s.pools(TYPES, "spot", "on-demand");
-  for (const pool of pools) pool.capacity = 0;
-  await s.start();
-  s.interrupt(old, { seconds: 16 });
-  await s.until("detached", 25, () => s.world.audit.some((a) => a.what === "detach"));
-  for (const pool of pools) pool.capacity = 5;
-  await s.finish([old], { dips: true, launches: 1, replaced: false });
-});
+story(
+  "a replacement that runs only when the old one is detached already: it joins all the same, and goes as surplus",
+  async (s) => {
+    const old = first(s.group({ name: "web", ...roomy, types: TYPES }));
+    s.world.delays.pendingMs = [18_000, 18_000];
+    await s.start();
+    s.interrupt(old, { seconds: 16 });
+    await s.until("detached", 25, () => s.world.audit.some((a) => a.what === "detach"));
+    s.world.delays.pendingMs = [1_000, 2_000];
+    await s.finish([old], { dips: true, launches: 1, replaced: false });
+  },
+);
 
 // ─── Other notices, bad messages ─────────────────────────────────────────────────────────────────────────
 
