@@ -4942,6 +4942,8 @@ async function actOnClaim(
     log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
   } else if ((ended.get(name) ?? 0) < MAX_ENDED) {
     ended.set(name, (ended.get(name) ?? 0) + 1);
+    const shown = await ctx.cloud.instance(claim.id);
+    if (shown && isSettled(shown)) return; // another daemon has, a moment ago
     const data = claim.volumes[DATA_DEVICE];
     if (data?.ends)
       return log.error(`${claim.id} is one too many, but ${data.id} at ${DATA_DEVICE} would go with it: left alone`);
