@@ -9,8 +9,9 @@
  * capacity never dips. It keeps no state of its own: what is to be done lives in three SQS queues, what was
  * done in tags on the instances, so it can be killed at any point, started again, and run twice.
  *
- * The file reads top to bottom as data flows: flags, config, log, effects, notices, the handler table,
- * the loop, the steps, the instance manager, preaction, start-up checks, main.
+ * The file reads top to bottom as data flows: flags, config, log, effects, pacing and batching, the cloud as
+ * we see it, notices, the handler table, the loop, the steps (with volumes, Kubernetes and Consul), the
+ * instance manager, preaction, start-up checks, main.
  */
 import { createHash, createPublicKey, verify } from "node:crypto";
 import { closeSync, existsSync, openSync, readdirSync, readFileSync, statSync, writeSync } from "node:fs";
