@@ -1,8 +1,8 @@
 /**
  * Runs the tests: `make test`, or `bun test/run.ts [FOLDER ...]` for some folders of test/ only.
  *
- * Each folder is one `bun test`, so that a crash or a hang in one does not hide the others. The last line says
- * `N passed, N failed, N skipped`. Fails on a failed test, on a `bun test` that crashes, hangs or leaves early,
+ * Each folder is one `bun test`, so that a crash or a hang in one does not hide the others. The failed tests are
+ * named once more at the end, and the last line says `N passed, N failed, N skipped`. Fails on a failed test, on a `bun test` that crashes, hangs or leaves early,
  * on a folder without tests, and in CI on a skipped test: there, a missing server is a fault.
  */
 import { type ChildProcess, spawn } from "node:child_process";
@@ -41,6 +41,22 @@ export function readCounts(report: string | undefined): Counts | undefined {
   const number = (name: string) => Number(new RegExp(`\\s${name}="(\\d+)"`).exec(head)?.[1] ?? "0");
   const [failed, skipped] = [number("failures") + number("errors"), number("skipped")];
   return { passed: number("tests") - failed - skipped, failed, skipped };
+}
+
+/** The failed tests in a JUnit report: file and line, the name, and what was wrong, in its first lines. */
+export function readFailures(report: string | undefined): string[] {
+  const entities: Record<string, string> = { lt: "<", gt: ">", quot: '"', apos: "'", "#10": "\n", amp: "&" };
+  const read = (tag: string, name: string) =>
+    (new RegExp(`\\s${name}="([^"]*)"`).exec(tag)?.[1] ?? "").replace(/&(#?\w+);/g, (all, word) => entities[word] ?? all);
+  const failed = (report ?? "").matchAll(/(<testcase\b[^>]*[^/]>)\s*(<(?:failure|error)\b[^>]*>)/g);
+  return [...failed].map(([, test = "", failure = ""]) => {
+    const group = read(test, "classname");
+    const name = `${group === "" ? "" : `${group} > `}${read(test, "name")}`;
+    const lines = read(failure, "message")
+      .split("\n")
+      .filter((line) => line.trim() !== "");
+    return `${read(test, "file")}:${read(test, "line")}: ${[name, ...lines.slice(0, 8)].join("\n    ")}`;
+  });
 }
 
 /** What is wrong with a folder's run beside its failed tests, in words; undefined where nothing is. */
@@ -120,6 +136,7 @@ async function main() {
 
   const total: Counts = { passed: 0, failed: 0, skipped: 0 };
   const faults: string[] = [];
+  const failures: string[] = [];
   for (const folder of wanted.length > 0 ? wanted : testFolders()) {
     console.log(`\n== test/${folder}`);
     const reportFile = join(reports, `${folder || "top"}.xml`);
@@ -129,6 +146,7 @@ async function main() {
       .text()
       .catch(() => undefined); // absent: readCounts says so
     const counts = empty ? { passed: 0, failed: 0, skipped: 0 } : readCounts(report);
+    failures.push(...readFailures(report));
     total.passed += counts?.passed ?? 0;
     total.failed += counts?.failed ?? 0;
     total.skipped += counts?.skipped ?? 0;
@@ -140,6 +158,7 @@ async function main() {
   }
 
   console.log("");
+  for (const failure of failures) console.log(`FAILED ${failure}`);
   for (const fault of faults) console.log(`FAULT ${fault}`);
   console.log(`${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
   process.exitCode = total.failed > 0 || faults.length > 0 ? 1 : 0;

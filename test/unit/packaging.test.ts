@@ -3,7 +3,7 @@ import { generateKeyPairSync, verify } from "node:crypto";
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { rawPublicKey, signLicense } from "../license.ts";
-import { faultOf, readCounts } from "../run.ts";
+import { faultOf, readCounts, readFailures } from "../run.ts";
 
 const root = join(import.meta.dir, "../..");
 const read = (path: string) => readFileSync(join(root, path), "utf8");
@@ -100,6 +100,22 @@ describe("the count of tests", () => {
     });
     expect(readCounts(undefined)).toBeUndefined();
     expect(readCounts("")).toBeUndefined();
+  });
+
+  test("comes with the names of the failed ones, and what was wrong", () => {
+    const report = `<testsuite name="x &amp; y" file="a.test.ts" line="2" tests="3">
+      <testcase name="bad &lt;1&gt;" classname="x &amp; y" file="a.test.ts" line="3" assertions="1">
+        <failure type="AssertionError" message="expected&#10;&#10;Received: 1&#10;">AssertionError</failure>
+      </testcase>
+      <testcase name="fine" classname="x &amp; y" file="a.test.ts" line="4" assertions="1" />
+      <testcase name="slow" classname="" file="a.test.ts" line="5">
+        <failure type="TimeoutError" message="test timed out" />
+      </testcase>`;
+    expect(readFailures(report)).toEqual([
+      "a.test.ts:3: x & y > bad <1>\n    expected\n    Received: 1",
+      "a.test.ts:5: slow\n    test timed out",
+    ]);
+    expect(readFailures(undefined)).toEqual([]);
   });
 
   test("does not hide a crash, an early exit, an empty folder, or a skip in CI", () => {
