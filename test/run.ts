@@ -6,21 +6,28 @@
  * on a folder without tests, and in CI on a skipped test: there, a missing server is a fault.
  */
 import { type ChildProcess, spawn } from "node:child_process";
-import { mkdtempSync, rmSync } from "node:fs";
+import { closeSync, mkdtempSync, openSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 
 /** In this order, and how long each may take in all. Folders that are not named come last, with the default. */
 const minutesByFolder: Record<string, number> = {
-  unit: 5,
-  sim: 30,
-  e2e: 10,
-  wire: 10,
-  kube: 10,
-  consul: 5,
+  unit: 10,
+  sim: 40,
+  e2e: 20,
+  wire: 20,
+  kube: 20,
+  consul: 10,
   page: 5,
 };
 const defaultMinutes = 10;
+
+/**
+ * What runs side by side: folders of one lane follow each other. Those that mostly wait in real time share the cores;
+ * the lives, which are all computing, have what those leave over.
+ */
+const lanes = [["unit", "wire"], ["e2e"], ["kube", "consul"], ["sim"]];
+const yielding = ["sim"];
 
 /** These must be there: a folder lost by accident would else be a pass. */
 const required = ["unit", "sim", "e2e", "wire"];
@@ -82,43 +89,45 @@ function testFolders(): string[] {
   return [...new Set([...required, ...found])].sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
 }
 
-let running: ChildProcess | undefined;
+const running = new Set<ChildProcess>();
 
 /** The child leads its own process group: what it started and forgot ends with it. */
-function killGroup(signal: NodeJS.Signals) {
-  if (running?.pid === undefined) return;
+function killGroup(child: ChildProcess, signal: NodeJS.Signals) {
+  if (child.pid === undefined) return;
   try {
-    process.kill(-running.pid, signal);
+    process.kill(-child.pid, signal);
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error; // ESRCH: the group has ended already
   }
 }
 
-/** Runs one folder's tests, their output going to ours, and says how it ended: "exit 0", "SIGSEGV", ... */
-async function runFolder(folder: string, reportFile: string): Promise<string> {
+/** Runs one folder's tests, their output going to `output`, and says how it ended: "exit 0", "SIGSEGV", ... */
+async function runFolder(folder: string, reportFile: string, output: number | "inherit"): Promise<string> {
   const minutes = minutesByFolder[folder] ?? defaultMinutes;
+  const command = yielding.includes(folder) ? ["nice", "-n", "19", process.execPath] : [process.execPath];
   const child = spawn(
-    process.execPath,
+    command[0] ?? "",
     [
+      ...command.slice(1),
       ...["test", "--no-orphans", `--timeout=${testTimeoutMs}`],
       ...["--reporter=junit", `--reporter-outfile=${reportFile}`],
       ...testFiles(folder).map((file) => `./test/${file}`),
     ],
-    { cwd: join(import.meta.dir, ".."), stdio: ["ignore", "inherit", "inherit"], detached: true },
+    { cwd: join(import.meta.dir, ".."), stdio: ["ignore", output, output], detached: true },
   );
-  running = child;
+  running.add(child);
   let late = false;
   const timer = setTimeout(() => {
     late = true;
-    killGroup("SIGKILL");
+    killGroup(child, "SIGKILL");
   }, minutes * 60_000);
   const end = await new Promise<string>((resolve) => {
     child.on("error", (error) => resolve(error.message));
     child.on("exit", (code, signal) => resolve(signal ?? `exit ${code}`));
   });
   clearTimeout(timer);
-  killGroup("SIGKILL");
-  running = undefined;
+  killGroup(child, "SIGKILL");
+  running.delete(child);
   return late ? `stopped after ${minutes} minutes` : end;
 }
 
@@ -129,7 +138,7 @@ async function main() {
   process.on("exit", () => rmSync(reports, { recursive: true, force: true }));
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
     process.on(signal, () => {
-      killGroup("SIGKILL");
+      for (const child of running) killGroup(child, "SIGKILL");
       process.exit(130);
     });
   }
@@ -137,11 +146,19 @@ async function main() {
   const total: Counts = { passed: 0, failed: 0, skipped: 0 };
   const faults: string[] = [];
   const failures: string[] = [];
-  for (const folder of wanted.length > 0 ? wanted : testFolders()) {
-    console.log(`\n== test/${folder}`);
+  const runOne = async (folder: string, isAlone: boolean) => {
     const reportFile = join(reports, `${folder || "top"}.xml`);
+    const outputFile = `${reportFile}.txt`;
     const empty = testFiles(folder).length === 0;
-    const end = empty ? "exit 0" : await runFolder(folder, reportFile);
+    if (isAlone) console.log(`\n== test/${folder}`);
+    const output = isAlone ? "inherit" : openSync(outputFile, "w");
+    const startMs = performance.now();
+    const end = empty ? "exit 0" : await runFolder(folder, reportFile, output);
+    if (output !== "inherit") {
+      closeSync(output);
+      process.stdout.write(`\n== test/${folder}\n${readFileSync(outputFile, "utf8")}`);
+    }
+    console.log(`test/${folder}: ${((performance.now() - startMs) / 1000).toFixed(0)} s`);
     const report = await Bun.file(reportFile)
       .text()
       .catch(() => undefined); // absent: readCounts says so
@@ -151,11 +168,21 @@ async function main() {
     total.failed += counts?.failed ?? 0;
     total.skipped += counts?.skipped ?? 0;
     const fault = faultOf(counts, end, ci);
-    if (fault === undefined) continue;
+    if (fault === undefined) return;
     faults.push(`test/${folder}: ${fault}`);
     // A fault that no failed test stands for counts as one, so that the last line never says "0 failed" then.
     if ((counts?.failed ?? 0) === 0) total.failed += 1;
-  }
+  };
+
+  const folders = wanted.length > 0 ? wanted : testFolders();
+  const isAlone = folders.length === 1;
+  const laneOf = (folder: string) => lanes.findIndex((lane) => lane.includes(folder));
+  if (!isAlone) console.log(`test/${folders.join(", test/")}: side by side, each printed when it has ended`);
+  await Promise.all(
+    [...Map.groupBy(folders, laneOf).values()].map(async (lane) => {
+      for (const folder of lane) await runOne(folder, isAlone);
+    }),
+  );
 
   console.log("");
   for (const failure of failures) console.log(`FAILED ${failure}`);

@@ -353,6 +353,10 @@ export class DataWatch {
     if (!attachment) {
       if (state !== "available") wrong(`is ${state}`);
       for (const key of ["spotmax:group", "spotmax:volume"]) if (!tags.has(key)) wrong(`is left without ${key}`);
+      // Whose data goes on in a copy must not be taken for the newest, by people or by a late message.
+      const copies = [...this.#copies].flatMap(([copy, source]) => (source === id ? [copy] : []));
+      const goesOn = copies.find((copy) => this.#ebs.volumes.get(copy)?.attachment);
+      if (goesOn !== undefined && tags.get("spotmax:copied") !== goesOn) wrong(`goes on in ${goesOn}, and does not say so`);
       return "left";
     }
     const { instanceId, device, deleteOnTermination } = attachment;
