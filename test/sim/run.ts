@@ -81,12 +81,16 @@ export async function runSeeds(
   return failures.sort((a, b) => a.seed - b.seed);
 }
 
-/** The seed that finds a mutation, or undefined where `limit` lives do not. A seed that the real program fails at proves nothing. */
+/**
+ * The seed that finds a mutation, or undefined where `limit` lives do not; the one that found it last is tried first. A
+ * seed that the real program fails at proves nothing.
+ */
 export async function findMutation(mutation: Mutation, limit: number): Promise<{ seed: number; finding: Finding } | undefined> {
   const path = await writeMutant(mutation);
   try {
     const program = (await import(pathToFileURL(path).href)) as Program;
-    for (let seed = 1; seed <= limit; seed++) {
+    const seeds = Array.from({ length: limit }, (_, n) => n + 1);
+    for (const seed of [mutation.seed ?? 1, ...seeds]) {
       const [finding] = (await live(seed, { program })).findings;
       if (finding && !(await live(seed)).findings.length) return { seed, finding };
     }
