@@ -55,6 +55,7 @@ import {
   GetInstanceTypesFromInstanceRequirementsCommand,
   type GetInstanceTypesFromInstanceRequirementsCommandInput,
   type Instance,
+  type InstanceNetworkInterfaceSpecification,
   type InstanceRequirementsRequest,
   ModifyInstanceAttributeCommand,
   RunInstancesCommand,
@@ -566,12 +567,17 @@ async function pause(ctx: Ctx, ms: number): Promise<void> {
 }
 /**
  * Waits for the next full multiple of a second, so that all who wait wake together and share their reads; in a wave of
- * three, for AWS's request rates are what is short then, except in the last seconds before a deadline.
+ * three, for AWS's request rates are what is short then, except in the last seconds before a deadline. Never beyond the
+ * moment at which the old one is let go, whatever its replacement does.
  */
 const tick = (ctx: Ctx, deadlineMs = Number.POSITIVE_INFINITY) => {
-  const ms = ctx.state.inHand.size > WAVE && deadlineMs - cloudNow(ctx) > 15_000 ? 3_000 : 1_000;
-  return pause(ctx, ms - (ctx.deps.now() % ms));
+  const leftMs = deadlineMs - cloudNow(ctx);
+  const ms = ctx.state.inHand.size > WAVE && leftMs > 15_000 ? 3_000 : 1_000;
+  const nextMs = ms - (ctx.deps.now() % ms);
+  return pause(ctx, leftMs > FORCED_MS ? Math.min(nextMs, leftMs - FORCED_MS) : nextMs);
 };
+/** So long before the deadline the old one is detached whatever its replacement does. */
+const FORCED_MS = 5_000;
 const WAVE = 100;
 
 /** `sent` hears when a call has had its turn and goes out. */
@@ -1249,7 +1255,8 @@ function makeCloud(ctx: Ctx) {
       for (const [name, wanted] of Map.groupBy(keys, (key) => key.slice(0, key.lastIndexOf(" ")))) {
         const missing = new Map(wanted.map((key) => [key.slice(name.length + 1), key]));
         let NextToken: string | undefined;
-        // What is not among the newest two thousand left hours ago.
+        // What left longer ago is not looked for: a busy group has thousands of activities in the six weeks that AWS keeps them.
+        const oldestMs = cloudNow(ctx) - 12 * 3_600_000;
         for (let page = 0; missing.size && page < 20; page++) {
           const input = { AutoScalingGroupName: name, MaxRecords: 100, NextToken };
           const answer = await aws(ctx, `reading the activities of ${name}`, (o) =>
@@ -1261,7 +1268,8 @@ function makeCloud(ctx: Ctx) {
             if (isLeaving(activity)) missing.delete(id);
           }
           NextToken = answer.NextToken;
-          if (!NextToken) break;
+          const startMs = answer.Activities?.at(-1)?.StartTime?.getTime();
+          if (!NextToken || (startMs !== undefined && startMs < oldestMs)) break;
         }
       }
       return found;
@@ -2052,8 +2060,6 @@ async function sendOwn(
 // One table of states decides what becomes of a notice. The detach message goes out before the launch, so that
 // somebody owns the deadline whatever becomes of the launch.
 
-const RECLAIMED_MS = 5 * 60_000;
-const FAILED_MS = 3 * 60_000;
 const YOUNG_MS = 10 * 60_000;
 
 /** What a member's lifecycle state means for a notice. */
@@ -2105,7 +2111,7 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   }
   const left = Math.round((work.deadlineMs - cloudNow(ctx)) / 1000);
   if (first) work.log.info(`${notice.kind} notice: replacing ${instance} within ${left} s`, { type: old?.type, zone: old?.zone });
-  if (old?.spot) remember(ctx, "spot", old.type, old.zone, RECLAIMED_MS, "reclaimed");
+  if (old?.spot) remember(ctx, "spot", old.type, old.zone, "reclaimed");
   return done;
 }
 
@@ -2144,7 +2150,7 @@ async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promis
   if (!claim && isFresh(ctx, work, 30_000)) return retry("EC2 does not show it yet", 5);
   if (!claim || !(TAG.replaces in claim.tags) || isSettled(claim) || !isLiving(claim)) return skip("in no group: not ours");
   if (!(TAG.lost in claim.tags)) {
-    remember(ctx, "spot", claim.type, claim.zone, RECLAIMED_MS, "reclaimed");
+    remember(ctx, "spot", claim.type, claim.zone, "reclaimed");
     const tags = { [TAG.lost]: new Date(cloudNow(ctx)).toISOString() };
     await ctx.cloud.tag([claim.id], tags);
     ctx.state.claims.set(claim.id, { ...claim, tags: { ...claim.tags, ...tags } });
@@ -2228,8 +2234,16 @@ export type Pool = {
   priority: number;
 };
 /** Why a pool is avoided: its instances are being taken back, or it had nothing lately. */
-type PoolMemory = (lifecycle: "spot" | "on-demand", type: string, zone: string) => "failed" | "reclaimed" | undefined;
-export type LaunchItem = { work: Work; rung: Rung; home: boolean; desperate: boolean; only: string[] | undefined; ask: string };
+type PoolMemory = (lifecycle: string, type: string, zone: string) => "failed" | "reclaimed" | undefined;
+export type LaunchItem = {
+  work: Work;
+  rung: Rung;
+  home: boolean;
+  pass: number;
+  desperate: boolean;
+  only: string[] | undefined;
+  ask: string;
+};
 
 /** Which rungs a notice may climb: an on-demand member stays on-demand; without a hard deadline nothing turns on-demand. */
 export function rungsFor(spotMember: boolean, hardDeadline: boolean, fallback: boolean): Rung[] {
@@ -2244,11 +2258,14 @@ export function rungsFor(spotMember: boolean, hardDeadline: boolean, fallback: b
  */
 export function balancedZones(group: Group, zone: string, alone: boolean): string[] {
   if (!alone && group.zones.includes(zone)) return [zone];
-  const count = new Map(group.zones.map((z) => [z, z === zone ? -1 : 0]));
-  for (const m of group.members.values())
-    if (judgeState(m.lifecycleState) !== "leaving") count.set(m.zone, (count.get(m.zone) ?? 0) + 1);
-  const least = Math.min(...group.zones.map((z) => count.get(z) ?? 0));
-  return group.zones.filter((z) => (count.get(z) ?? 0) <= least);
+  const count = membersWithout(group, zone);
+  const least = Math.min(...group.zones.map(count));
+  return group.zones.filter((z) => count(z) <= least);
+}
+/** How many members a zone has once the old one, in this zone, is gone. */
+function membersWithout(group: Group, zone: string): (z: string) => number {
+  const staying = [...group.members.values()].filter((m) => judgeState(m.lifecycleState) !== "leaving");
+  return (z) => staying.filter((m) => m.zone === z).length - Number(z === zone);
 }
 
 /** The pools one rung asks for; none: the rung has nothing to offer. Pure. */
@@ -2259,6 +2276,8 @@ export function planLaunch(x: {
   /** Only the old one's zone, where its volume is. */
   home?: boolean;
   alone: boolean;
+  /** How often the ladder has been climbed in vain. */
+  pass?: number;
   /** Try pools that failed a moment ago as well: nothing else is left to try. */
   desperate: boolean;
   alt: string[];
@@ -2284,22 +2303,37 @@ export function planLaunch(x: {
 
   // A type may be named twice, for two templates; a pool asked for twice is refused.
   const distinct = offers.filter((o, i) => !o.type || offers.findIndex((other) => other.type === o.type) === i);
+  const sets = distinct.filter((o) => !o.type);
+  const most = Math.max(1, Math.floor(MOST_SETS / sets.length));
+  const emptiest = zones.toSorted((a, b) => membersWithout(group, old.zone)(a) - membersWithout(group, old.zone)(b));
+  const zonesFor = (offer: Override) => {
+    if (offer.type || zones.length <= most) return zones;
+    const from = (((x.pass ?? 0) + sets.indexOf(offer)) * most) % zones.length;
+    return [...emptiest, ...emptiest].slice(from, from + most);
+  };
   const pools = distinct.flatMap((offer, priority) =>
-    zones.flatMap((zone): Pool[] => {
-      const base = { zone, subnet: x.subnets.get(zone), template: offer.template ?? template, priority };
-      if (!offer.requirements) return [{ ...base, type: offer.type }];
-      return [{ ...base, type: undefined, requirements: offer.requirements }];
+    zonesFor(offer).map((zone): Pool => {
+      const { type, requirements } = offer;
+      return { type, requirements, zone, subnet: x.subnets.get(zone), template: offer.template ?? template, priority };
     }),
   );
   const offered = pools.filter((p) => !p.type || (x.isOffered?.(p.type, p.zone) ?? true));
   const state = (p: Pool) => (p.type ? memory(lifecycle, p.type, p.zone) : undefined);
+  // Attribute-based: alike in all zones, for sets that overlap and differ are refused.
+  const isAvoided = old.type !== "" && pools.some((p) => !p.type && memory(lifecycle, old.type, p.zone));
   const without = (avoid: (p: Pool) => boolean) =>
-    offered.filter((p) => !avoid(p)).map((p) => excluding(p, old, lifecycle, memory));
+    offered.filter((p) => !avoid(p)).map((p) => (isAvoided ? excluding(p, old.type) : p));
   const fresh = without((p) => state(p) !== undefined);
   if (fresh.length || rung === "balanced spot" || x.only) return fresh;
   const untried = without((p) => state(p) === "failed");
   return untried.length || !x.desperate ? untried : offered;
 }
+
+/**
+ * EC2 User Guide, "Specify attributes for instance type selection": at most four InstanceRequirements structures in a
+ * request. Each override counts as one, even where several say the same or leave it to the template.
+ */
+const MOST_SETS = 4;
 
 /** What a group allows in the place of an instance of this type and weight. */
 function offersFor(x: {
@@ -2335,15 +2369,14 @@ function restricted(offers: Override[], only: string[]): Override[] {
   });
 }
 
-/** Attribute-based: the old one's type, which is being reclaimed in this zone, is left out by name. */
-function excluding(pool: Pool, old: { type: string }, lifecycle: "spot" | "on-demand", memory: PoolMemory): Pool {
-  const { requirements, zone } = pool;
-  if (!requirements || !old.type || !memory(lifecycle, old.type, zone)) return pool;
+/** Attribute-based: the old one's type, which is being reclaimed, is left out by name. */
+function excluding(pool: Pool, type: string): Pool {
+  const { requirements } = pool;
+  if (!requirements) return pool;
   const { AllowedInstanceTypes: allowed = [], ExcludedInstanceTypes: excluded = [], ...rest } = requirements;
   // AWS takes one of the two lists only.
-  if (!allowed.length)
-    return { ...pool, requirements: { ...rest, ExcludedInstanceTypes: [...new Set([...excluded, old.type])] } };
-  const others = allowed.filter((type) => type !== old.type);
+  if (!allowed.length) return { ...pool, requirements: { ...rest, ExcludedInstanceTypes: [...new Set([...excluded, type])] } };
+  const others = allowed.filter((t) => t !== type);
   return others.length ? { ...pool, requirements: { ...rest, AllowedInstanceTypes: others } } : pool;
 }
 /** Where desired counts vCPUs or memory, the replacement must have as much as the old one, so that desired comes out even. */
@@ -2358,18 +2391,16 @@ function ofWeight(
     : { ...r, MemoryMiB: { Min: weight, Max: weight } };
 }
 
-const poolKey = (lifecycle: string, type: string, zone: string) => `${lifecycle} ${type} ${zone}`;
-function remember(ctx: Ctx, lifecycle: string, type: string, zone: string, ms: number, why: "failed" | "reclaimed"): void {
-  const key = `${why} ${poolKey(lifecycle, type, zone)}`;
-  ctx.state.failedPools.set(key, Math.max(ctx.state.failedPools.get(key) ?? 0, ctx.deps.now() + ms));
+const REMEMBERED_MS = { failed: 3 * 60_000, reclaimed: 5 * 60_000 };
+function remember(ctx: Ctx, lifecycle: string, type: string, zone: string, why: keyof typeof REMEMBERED_MS): void {
+  ctx.state.failedPools.set(`${why} ${lifecycle} ${type} ${zone}`, ctx.deps.now() + REMEMBERED_MS[why]);
 }
-const poolMemory = (ctx: Ctx): PoolMemory => {
-  const active = (why: string, key: string) => (ctx.state.failedPools.get(`${why} ${key}`) ?? 0) > ctx.deps.now();
-  return (lifecycle, type, zone) => {
-    const key = poolKey(lifecycle, type, zone);
-    return active("failed", key) ? "failed" : active("reclaimed", key) ? "reclaimed" : undefined;
-  };
-};
+const poolMemory =
+  (ctx: Ctx): PoolMemory =>
+  (...pool) =>
+    (["failed", "reclaimed"] as const).find(
+      (why) => (ctx.state.failedPools.get(`${why} ${pool.join(" ")}`) ?? 0) > ctx.deps.now(),
+    );
 
 /** Every claim on an old instance, dead ones included: as AWS shows them, and those this process launched a moment ago. */
 async function claimsOf(ctx: Ctx, old: string): Promise<Ec2Instance[]> {
@@ -2480,7 +2511,7 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
       const place = rung === "balanced spot" || only ? member.zone : "";
       const alone = options.persistence_dev ? work.instance : "";
       const ask = JSON.stringify([rung, home, spotMember, member.weight, place, desperate, options.alt, alone, only]);
-      const id = await lane(ctx, work.group).launch({ work, rung, home, desperate, only, ask });
+      const id = await lane(ctx, work.group).launch({ work, rung, home, pass, desperate, only, ask });
       if (id) return id;
     }
     work.rung = 0;
@@ -2550,8 +2581,13 @@ async function planBatch(
   if (!first || !group?.template || group.suspended.has("Launch") || group.status) return undefined;
   const { old, member, options } = first.work;
   if (!old || !member) return undefined;
-  const templates = [group.template, ...group.overrides.flatMap((o) => o.template ?? [])];
-  const [data = noTemplate, ...more] = await Promise.all(templates.map((t) => templateOf(ctx, t)));
+  const data = await templateOf(ctx, group.template);
+  const all = [data, ...(await Promise.all(group.overrides.flatMap((o) => (o.template ? [templateOf(ctx, o.template)] : []))))];
+  const fault = all.find((t) => t.fault)?.fault;
+  if (fault) {
+    ctx.deps.log.error(`nothing is launched: ${fault}`, { group: name });
+    return undefined;
+  }
   const inHand = [...ctx.state.inHand.values()].filter((w) => w.group === name && w.queue === "interruption_evt_sqs");
   const pools = planLaunch({
     group,
@@ -2560,12 +2596,13 @@ async function planBatch(
     home: first.home,
     isOffered: options.persistence_dev ? await offerings(ctx, group.zones) : undefined,
     alone: inHand.length < 2,
+    pass: first.pass,
     desperate: first.desperate,
     alt: options.alt,
     only: first.only,
     subnets: await subnetsByZone(ctx, group, data.namesSubnet),
     templateType: data.type,
-    templateRequirements: first.only && data.requirements,
+    templateRequirements: data.requirements,
     memory: poolMemory(ctx),
   });
   if (!pools.length) return undefined;
@@ -2587,7 +2624,7 @@ async function planBatch(
     tags,
     count: items.length,
     salt,
-    asksForSpot: data.asksForSpot || more.some((d) => d.asksForSpot),
+    asksForSpot: all.some((t) => t.asksForSpot),
     isLate,
   };
 }
@@ -2628,7 +2665,7 @@ function refused(ctx: Ctx, { group, pools, lifecycle }: Launch, error: unknown):
   const log = ctx.deps.log.with({ group: group.name, error: name });
   if (name === "IdempotentParameterMismatch") log.debug(`${errorText(error)}: looking for what was launched before`);
   else log[CAPACITY.has(name) ? "warn" : "error"](`${errorText(error)}`);
-  if (CAPACITY.has(name)) for (const p of pools) if (p.type) remember(ctx, lifecycle, p.type, p.zone, FAILED_MS, "failed");
+  if (CAPACITY.has(name)) for (const p of pools) if (p.type) remember(ctx, lifecycle, p.type, p.zone, "failed");
 }
 
 /** Remembers what was launched, and gives a batch its order. */
@@ -2680,10 +2717,12 @@ export function fleetRequest(
 ): CreateFleetCommandInput {
   const spot = lifecycle === "spot";
   const override = (p: Pool): FleetLaunchTemplateOverridesRequest => ({
-    ...(p.requirements ? { InstanceRequirements: p.requirements } : p.type ? { InstanceType: p.type as _InstanceType } : {}),
-    ...(p.subnet ? { SubnetId: p.subnet } : {}),
-    ...(spot && group.spotMaxPrice ? { MaxPrice: group.spotMaxPrice } : {}),
-    ...(!spot && group.prioritized ? { Priority: p.priority } : {}),
+    InstanceType: p.type as _InstanceType | undefined,
+    InstanceRequirements: p.requirements,
+    SubnetId: p.subnet,
+    MaxPrice: spot ? group.spotMaxPrice : undefined,
+    // AWS refuses it beside requirements.
+    Priority: !spot && group.prioritized && p.type ? p.priority : undefined,
   });
   const byTemplate = Map.groupBy(pools.slice(0, 300), (p) => JSON.stringify(fleetTemplate(p.template)));
   return {
@@ -2716,18 +2755,40 @@ async function createFleet(ctx: Ctx, { group, pools, lifecycle, tags, count, sal
   );
   const zoneOf = new Map(pools.map((p) => [p.subnet, p.zone]));
   const said = new Set<string>();
+  const had = new Map<string, number>();
   for (const { ErrorCode = "", ErrorMessage = "", LaunchTemplateAndOverrides: { Overrides: o = {} } = {} } of Errors) {
     const zone = o.AvailabilityZone ?? zoneOf.get(o.SubnetId) ?? "";
-    if (ErrorCode === "InsufficientFreeAddressesInSubnet" && o.SubnetId)
-      remember(ctx, "subnet", o.SubnetId, "", FAILED_MS, "failed");
-    else if (o.InstanceType) remember(ctx, lifecycle, o.InstanceType, zone, FAILED_MS, "failed");
-    if (CAPACITY.has(ErrorCode))
-      ctx.deps.log.debug(`no ${lifecycle} ${o.InstanceType ?? ""} in ${zone}: ${ErrorCode}`, { group: group.name });
+    if (ErrorCode === "InsufficientFreeAddressesInSubnet" && o.SubnetId) remember(ctx, "subnet", o.SubnetId, "", "failed");
+    else if (o.InstanceType) remember(ctx, lifecycle, o.InstanceType, zone, "failed");
+    if (CAPACITY.has(ErrorCode)) had.set(ErrorCode, (had.get(ErrorCode) ?? 0) + 1);
     else if (!said.has(ErrorCode))
       ctx.deps.log.error(`launching ${o.InstanceType ?? ""} in ${zone}: ${ErrorCode}: ${ErrorMessage}`, { group: group.name });
     said.add(ErrorCode);
   }
+  // One line a call: in an outage each of its pools says so, at each rung of each notice.
+  const counts = [...had].map(([code, times]) => `${code} (${times})`);
+  if (counts.length) ctx.deps.log.debug(`no ${lifecycle}: ${counts.join(", ")}`, { group: group.name });
   return Instances.flatMap((i) => i.InstanceIds ?? []);
+}
+
+/** For instances of one pool. Beside a template's own interfaces AWS refuses a subnet: it goes into them. */
+async function poolRequest(
+  ctx: Ctx,
+  { template, type, subnet }: Pool,
+  tags: { Key: string; Value: string }[],
+  count: number,
+): Promise<RunInstancesCommandInput> {
+  const { interfaces } = await templateOf(ctx, template);
+  return {
+    LaunchTemplate: fleetTemplate(template),
+    InstanceType: type as _InstanceType | undefined,
+    ...(subnet && interfaces.length
+      ? { NetworkInterfaces: interfaces.map((n) => ({ ...n, SubnetId: n.SubnetId ?? subnet })) }
+      : { SubnetId: subnet }),
+    MinCount: 1,
+    MaxCount: count,
+    TagSpecifications: [{ ResourceType: "instance", Tags: tags }],
+  };
 }
 
 /** A template that itself asks for spot, which CreateFleet may refuse: one pool after the other. */
@@ -2737,14 +2798,7 @@ async function runInstances(ctx: Ctx, { pools, lifecycle, tags, count, salt, isL
       name: "Unsupported",
     });
   for (const p of pools) {
-    const request: RunInstancesCommandInput = {
-      LaunchTemplate: fleetTemplate(p.template),
-      ...(p.type ? { InstanceType: p.type as _InstanceType } : {}),
-      ...(p.subnet ? { SubnetId: p.subnet } : {}),
-      MinCount: 1,
-      MaxCount: count,
-      TagSpecifications: [{ ResourceType: "instance", Tags: tags }],
-    };
+    const request = await poolRequest(ctx, p, tags, count);
     try {
       const command = new RunInstancesCommand({ ...request, ClientToken: tokenOf(request, salt) });
       const { Instances = [] } = await aws(ctx, `launching ${p.type} in ${p.zone}`, (o) => ctx.deps.ec2.send(command, o), {
@@ -2755,7 +2809,7 @@ async function runInstances(ctx: Ctx, { pools, lifecycle, tags, count, salt, isL
       if (ids.length) return ids;
     } catch (error) {
       if (!CAPACITY.has(errorName(error))) throw error;
-      if (p.type) remember(ctx, lifecycle, p.type, p.zone, FAILED_MS, "failed");
+      if (p.type) remember(ctx, lifecycle, p.type, p.zone, "failed");
     }
   }
   return [];
@@ -2775,56 +2829,53 @@ type TemplateData = {
   type: string | undefined;
   requirements: InstanceRequirementsRequest | undefined;
   asksForSpot: boolean;
+  interfaces: InstanceNetworkInterfaceSpecification[];
   namesSubnet: string | undefined;
   volumes: Record<string, { VolumeType?: string; VolumeSize?: number }>;
+  /** Why nothing may be launched from it. */
+  fault: string | undefined;
 };
-const noTemplate: TemplateData = {
-  type: undefined,
-  requirements: undefined,
-  asksForSpot: false,
-  namesSubnet: undefined,
-  volumes: {},
-};
-const templateOf = (ctx: Ctx, spec: LaunchTemplateSpecification) =>
-  cached(ctx, JSON.stringify(spec), () => readTemplate(ctx, spec));
-async function readTemplate(ctx: Ctx, spec: LaunchTemplateSpecification): Promise<TemplateData> {
-  const { LaunchTemplateId, LaunchTemplateName, Version } = fleetTemplate(spec) as LaunchTemplateSpecification;
-  const { LaunchTemplateVersions: [version] = [] } = await aws(
-    ctx,
-    `reading launch template ${LaunchTemplateName ?? LaunchTemplateId}`,
-    (o) =>
-      ctx.deps.ec2.send(
-        new DescribeLaunchTemplateVersionsCommand({ LaunchTemplateId, LaunchTemplateName, Versions: [Version ?? "$Default"] }),
-        o,
+const templateOf = (ctx: Ctx, spec: LaunchTemplateSpecification): Promise<TemplateData> =>
+  cached(ctx, JSON.stringify(spec), async () => {
+    const { LaunchTemplateId, LaunchTemplateName, Version = "$Default" } = fleetTemplate(spec) as LaunchTemplateSpecification;
+    const input = { LaunchTemplateId, LaunchTemplateName, Versions: [Version] };
+    const name = LaunchTemplateName ?? LaunchTemplateId;
+    const { LaunchTemplateVersions: [version] = [] } = await aws(ctx, `reading launch template ${name}`, (o) =>
+      ctx.deps.ec2.send(new DescribeLaunchTemplateVersionsCommand(input), o),
+    );
+    const data = version?.LaunchTemplateData;
+    const tags = (data?.TagSpecifications ?? []).flatMap((t) => (t.ResourceType === "instance" ? (t.Tags ?? []) : []));
+    const reserved = tags.flatMap(({ Key = "" }) => (RESERVED_TAGS.has(Key) ? [Key] : []));
+    return {
+      type: data?.InstanceType,
+      requirements: data?.InstanceRequirements as InstanceRequirementsRequest | undefined,
+      asksForSpot: data?.InstanceMarketOptions?.MarketType === "spot",
+      interfaces: (data?.NetworkInterfaces ?? []) as InstanceNetworkInterfaceSpecification[],
+      namesSubnet: data?.NetworkInterfaces?.find((n) => n.SubnetId)?.SubnetId,
+      volumes: Object.fromEntries(
+        (data?.BlockDeviceMappings ?? []).flatMap((m) => (m.DeviceName && m.Ebs ? [[m.DeviceName, m.Ebs]] : [])),
       ),
-  );
-  const data = version?.LaunchTemplateData;
-  return {
-    type: data?.InstanceType,
-    requirements: data?.InstanceRequirements as InstanceRequirementsRequest | undefined,
-    asksForSpot: data?.InstanceMarketOptions?.MarketType === "spot",
-    namesSubnet: data?.NetworkInterfaces?.find((n) => n.SubnetId)?.SubnetId,
-    volumes: Object.fromEntries(
-      (data?.BlockDeviceMappings ?? []).flatMap((m) => (m.DeviceName && m.Ebs ? [[m.DeviceName, m.Ebs]] : [])),
-    ),
-  };
-}
-
-async function readSubnets(ctx: Ctx, ids: string[]): Promise<{ id: string; zone: string; free: number }[]> {
-  const { Subnets = [] } = await aws(ctx, "reading subnets", (o) =>
-    ctx.deps.ec2.send(new DescribeSubnetsCommand({ SubnetIds: ids }), o),
-  );
-  return Subnets.flatMap(({ SubnetId: id, AvailabilityZone: zone, AvailableIpAddressCount: free = 0 }) =>
-    id && zone ? [{ id, zone, free }] : [],
-  );
-}
+      fault: reserved.length
+        ? `launch template ${name} tags instances with ${reserved.join(" ")}, as if they were replacements already; remove these tags from it`
+        : undefined,
+    };
+  });
 
 /** One subnet for each zone, the one with the most free addresses; where the template names a subnet, an override must not. */
 async function subnetsByZone(ctx: Ctx, group: Group, named: string | undefined): Promise<Map<string, string | undefined>> {
   const ids = named ? [named] : group.subnets;
   if (!ids.length) return new Map(group.zones.map((zone) => [zone, undefined]));
-  const subnets = await cached(ctx, ids.join(), () => readSubnets(ctx, ids));
-  const full = (id: string) => Number(poolMemory(ctx)("subnet" as "spot", id, "") !== undefined);
+  const subnets = await cached(ctx, ids.join(), async () => {
+    // By filter: one of them that has been deleted is absent, and no reason to refuse the call.
+    const Filters = [{ Name: "subnet-id", Values: ids }];
+    const { Subnets = [] } = await aws(ctx, "reading subnets", (o) =>
+      ctx.deps.ec2.send(new DescribeSubnetsCommand({ Filters }), o),
+    );
+    return Subnets.flatMap(({ SubnetId: id, AvailabilityZone: zone, AvailableIpAddressCount: free = 0 }) =>
+      id && zone ? [{ id, zone, free }] : [],
+    );
+  });
+  const full = (id: string) => Number(poolMemory(ctx)("subnet", id, "") !== undefined);
   const best = subnets.toSorted((a, b) => full(a.id) - full(b.id) || b.free - a.free);
   return new Map(best.reverse().map((s) => [s.zone, named ? undefined : s.id]));
 }
@@ -2845,7 +2896,7 @@ async function waitUntilRunning(ctx: Ctx, work: Work): Promise<Result> {
 /** A replacement that dies while pending is a failed rung: the ladder goes on with the next one. */
 function lostClaim(ctx: Ctx, work: Work, claim: Ec2Instance | undefined): Result {
   const id = work.claim ?? "";
-  if (claim?.zone) remember(ctx, claim.spot ? "spot" : "on-demand", claim.type, claim.zone, FAILED_MS, "failed");
+  if (claim?.zone) remember(ctx, claim.spot ? "spot" : "on-demand", claim.type, claim.zone, "failed");
   if (!isLiving(claim)) ctx.state.claims.delete(id);
   work.log.warn(`replacement ${id} died before it was attached: ${claim?.stateReason || (claim?.state ?? "gone")}`, {
     replacement: id,
@@ -2902,7 +2953,8 @@ const groupTag = (name: string, Key: string, Value?: string) => ({
   PropagateAtLaunch: false,
 });
 const OVER_LIMIT = /update the AutoScalingGroup sizes|desiredSize equals minSize/;
-const ALREADY_IN = /already part of AutoScalingGroup:\s*([^\s.,]+)/;
+// A name may have dots in it.
+const ALREADY_IN = /already part of AutoScalingGroup:\s*(\S+?)[.,]?(?:\s|$)/;
 const isStaying = (m: Member | undefined): m is Member =>
   m !== undefined && (m.lifecycleState === "InService" || m.lifecycleState.startsWith("Pending"));
 
@@ -3120,7 +3172,8 @@ export function whenToDetach(x: {
   if (standing === "healthy" && !refused) return "decrement";
   if (deadlineMs === undefined) return "wait";
   // Its time is up: without decrement where nobody takes its place, so that the group launches its own substitute.
-  if (nowMs >= deadlineMs - 5_000) return refused || standing === "none" || standing === "outside" ? "substitute" : "decrement";
+  if (nowMs >= deadlineMs - FORCED_MS)
+    return refused || standing === "none" || standing === "outside" ? "substitute" : "decrement";
   // Connections need time to drain, whatever the target groups think of the new one.
   return nowMs >= deadlineMs - 30_000 && standing === "in service" && !refused ? "decrement" : "wait";
 }
@@ -3339,7 +3392,7 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
       await settle(ctx, group, [{ id: claim, keepProtected: work.oldProtected }]);
     return done;
   }
-  const forced = work.deadlineMs !== undefined && cloudNow(ctx) >= work.deadlineMs - 5_000;
+  const forced = work.deadlineMs !== undefined && cloudNow(ctx) >= work.deadlineMs - FORCED_MS;
   const verdict = await lane(ctx, group).detach({ old: instance, claim, decrement, forced, oldProtected: work.oldProtected });
   switch (verdict) {
     case "detached":
@@ -5384,7 +5437,7 @@ export async function checkGroups(ctx: Ctx): Promise<void> {
         const group = groups[n];
         const { options, faults } = withTags(fromFile, group?.tags ?? {});
         const known = before.get(name);
-        const broken = groupFault(name, group);
+        const broken = groupFault(name, group) ?? (await templateFault(ctx, group));
         const log = deps.log.with({ group: name });
         if (broken) {
           log[known?.broken === broken ? "debug" : "error"](`group ${name} is left out: ${broken}`);
@@ -5410,6 +5463,18 @@ function groupFault(name: string, group: Group | undefined): string | undefined 
   if (!group.template)
     return "it uses a launch configuration; move it to a launch template (Auto Scaling console: Edit, Launch configuration, Switch to launch template)";
   return undefined;
+}
+
+/** Whether its templates may be launched from; where they cannot be read, the launch will say so. */
+async function templateFault(ctx: Ctx, group: Group | undefined): Promise<string | undefined> {
+  const templates = [group?.template, ...(group?.overrides ?? []).map((o) => o.template)].filter((t) => t !== undefined);
+  try {
+    return (await Promise.all(templates.map((t) => templateOf(ctx, t)))).find((t) => t.fault)?.fault;
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    ctx.deps.log.debug(errorText(error), { group: group?.name });
+    return undefined;
+  }
 }
 
 async function warnings(ctx: Ctx, group: Group, options: GroupOptions, log: Log): Promise<void> {
@@ -5489,7 +5554,7 @@ async function checkQueues(ctx: Ctx): Promise<void> {
 }
 
 /** Asks AWS by dry runs whether the role may launch and end instances; only ever warns. */
-async function checkPermissions(ctx: Ctx): Promise<void> {
+export async function checkPermissions(ctx: Ctx): Promise<void> {
   const ask = async (what: string, send: (o: { abortSignal: AbortSignal }) => Promise<unknown>) => {
     try {
       await aws(ctx, what, send, { tries: 2 });
@@ -5502,7 +5567,7 @@ async function checkPermissions(ctx: Ctx): Promise<void> {
       else if (errorName(error) !== "DryRunOperation") ctx.deps.log.debug(`dry run: ${errorText(error)}`);
     }
   };
-  for (const [name, { broken }] of ctx.state.groups) {
+  for (const [name, { broken, options }] of ctx.state.groups) {
     const group = broken ? undefined : await ctx.cloud.group(name);
     if (!group?.template) continue;
     const data = await templateOf(ctx, group.template);
@@ -5513,25 +5578,19 @@ async function checkPermissions(ctx: Ctx): Promise<void> {
       rung: "any spot",
       alone: true,
       desperate: true,
-      alt: [],
+      alt: options.alt,
       subnets,
       templateType: data.type,
       memory: () => undefined,
     });
-    if (!pools.length || data.asksForSpot) continue;
-    const request = fleetRequest(group, pools, "spot", [{ Key: TAG.group, Value: name }], 1);
-    const [{ template, type, subnet } = { template: group.template, type: undefined, subnet: undefined }] = pools;
-    const one = {
-      LaunchTemplate: fleetTemplate(template),
-      InstanceType: type as _InstanceType | undefined,
-      SubnetId: subnet,
-      MinCount: 1,
-      MaxCount: 1,
-    };
-    const dry = { DryRun: true, TagSpecifications: request.TagSpecifications };
+    const [pool] = pools;
+    if (!pool || data.asksForSpot) continue;
+    const tags = [{ Key: TAG.group, Value: name }];
+    const one = await poolRequest(ctx, pool, tags, 1);
     await ask(`ec2:RunInstances for ${name}, with iam:PassRole`, (o) =>
-      ctx.deps.ec2.send(new RunInstancesCommand({ ...one, ...dry }), o),
+      ctx.deps.ec2.send(new RunInstancesCommand({ ...one, DryRun: true }), o),
     );
+    const request = fleetRequest(group, pools, "spot", tags, 1);
     await ask(`ec2:CreateFleet for ${name}`, (o) => ctx.deps.ec2.send(new CreateFleetCommand({ ...request, DryRun: true }), o));
   }
 }

@@ -860,6 +860,7 @@ export class Ec2 {
     const options: FleetOption[] = [];
     let order = 0;
     const subnetOfZone = new Map<string, string>();
+    const sets: InstanceRequirementsRequest[] = [];
     for (const config of configs) {
       const named = config.LaunchTemplateSpecification;
       if (!named) throw missing("LaunchTemplateSpecification");
@@ -891,6 +892,12 @@ export class Ec2 {
         const requirements =
           override.InstanceRequirements ??
           (override.InstanceType ? undefined : (data.InstanceRequirements as InstanceRequirementsRequest));
+        if (requirements) sets.push(requirements);
+        if (override.InstanceRequirements && (override.Priority ?? override.WeightedCapacity) !== undefined)
+          throw new AwsError(
+            "InvalidParameterCombination",
+            "InstanceRequirements cannot be specified with a priority or a weighted capacity.",
+          );
         let types: string[];
         if (requirements) types = matchingTypes(requirements, "x86_64").map(([type]) => type);
         else {
@@ -923,6 +930,7 @@ export class Ec2 {
         }
       }
     }
+    checkSets(sets);
     return { options, spot, onDemand, spotStrategy, onDemandStrategy };
   }
 
@@ -1054,6 +1062,27 @@ export class Ec2 {
       return a.order - b.order;
     });
   }
+}
+
+/**
+ * EC2 User Guide, attribute-based instance type selection, considerations: at most four InstanceRequirements structures
+ * in a request. One counts for each override, and the template's own where it has several overrides, too: so reported in
+ * osbuild-composer #3946, with the words below. Structures that overlap are refused (runs-on #476); where only the subnet
+ * differs they are sent by others without complaint.
+ */
+function checkSets(sets: InstanceRequirementsRequest[]): void {
+  if (sets.length > 4)
+    throw new AwsError(
+      "InvalidParameterValue",
+      "Your request contains more than the maximum allowed number of InstanceRequirements (4)",
+    );
+  const different = [...new Map(sets.map((one) => [stable(one), one])).values()];
+  const types = different.flatMap((one) => matchingTypes(one).map(([type]) => type));
+  if (new Set(types).size < types.length)
+    throw new AwsError(
+      "InvalidParameterValue",
+      "Two or more of your InstanceRequirements structures include overlapping values. Ensure that there is no overlap, and try again.",
+    );
 }
 
 interface FleetOption {

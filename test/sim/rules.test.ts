@@ -890,6 +890,32 @@ describe("launching", () => {
     await fails(ask({ ArchitectureTypes: ["x86"], VirtualizationTypes: ["hvm"], InstanceRequirements }), "InvalidParameterValue");
   });
 
+  test("of attributes a request takes four sets, the template's counted too, none that overlap, and no priority beside", async () => {
+    const { world, fleet, data, m5a } = withFleet();
+    const zones = ["a", "b", "c", "d", "e"].map((z) => world.ec2.subnetIn(`us-east-1${z}`).id);
+    const set = (vcpus: number, more: object = {}) => ({
+      InstanceRequirements: { VCpuCount: { Min: vcpus, Max: vcpus }, MemoryMiB: { Min: 1024 }, ...more },
+    });
+    const inZones = (n: number, more: object) => zones.slice(0, n).map((SubnetId) => ({ SubnetId, ...more }));
+    expect(idsOf(await fleet(inZones(4, set(2))))).toHaveLength(1);
+    await fails(fleet(inZones(5, set(2))), "InvalidParameterValue", /more than the maximum allowed number of InstanceReq/);
+    await fails(fleet([{ ...m5a, InstanceType: undefined, ...set(2), Priority: 1 }]), "InvalidParameterCombination");
+    const [a = {}, b = {}] = inZones(2, {});
+    expect(idsOf(await fleet([a, b].map((one, n) => ({ ...one, ...set(n ? 4 : 2) }))))).toHaveLength(1);
+    const without = set(2, { ExcludedInstanceTypes: ["m5.large"] });
+    await fails(
+      fleet([
+        { ...a, ...set(2) },
+        { ...b, ...without },
+      ]),
+      "InvalidParameterValue",
+      /overlapping/,
+    );
+    data.InstanceType = undefined;
+    data.InstanceRequirements = set(2).InstanceRequirements;
+    await fails(fleet(inZones(5, {})), "InvalidParameterValue", /more than the maximum/);
+  });
+
   test("tags at launch obey the rules, and only fit resource types", async () => {
     const { fleet, m5a } = withFleet();
     const tagged = (ResourceType: string, Key: string, Value = "") =>

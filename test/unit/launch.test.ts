@@ -195,8 +195,9 @@ describe("attribute-based groups", () => {
       }),
     );
 
-  test("ask by their own requirements, without the type that is reclaimed in that zone", () => {
-    expect(asked(base)).toEqual({ a: { ...base, ExcludedInstanceTypes: ["m5.large"] }, b: base, c: base });
+  test("ask by their own requirements, without the type that is reclaimed", () => {
+    const without = { ...base, ExcludedInstanceTypes: ["m5.large"] };
+    expect(asked(base)).toEqual({ a: without, b: without, c: without });
   });
 
   test("keep what they exclude themselves, and exclude nothing twice", () => {
@@ -212,7 +213,31 @@ describe("attribute-based groups", () => {
   test("with a list of allowed types leave the reclaimed one off it as long as others remain", () => {
     const allowed = asked({ ...base, AllowedInstanceTypes: ["m5.large", "c5.large"] });
     expect(allowed.a?.AllowedInstanceTypes).toEqual(["c5.large"]);
-    expect(allowed.b?.AllowedInstanceTypes).toEqual(["m5.large", "c5.large"]);
+    expect(allowed.b?.AllowedInstanceTypes).toEqual(["c5.large"]);
+  });
+
+  test("leave out the same in every zone, for sets that overlap and differ are refused", () => {
+    const x = { group: group({ overrides: [{ requirements: base, weight: 1 }] }), memory };
+    const all = plan({ ...x, rung: "any spot" }).map((p) => p.requirements);
+    expect(all).toEqual([1, 2, 3].map(() => ({ ...base, ExcludedInstanceTypes: ["m5.large"] })));
+    expect(plan({ ...x, subnets: new Map([["b", "subnet-b"]]) }).map((p) => p.requirements)).toEqual([base]);
+  });
+
+  test("ask for four sets at most, the emptiest zones first, and for the others in the next rounds", () => {
+    const zones = [..."abcdef"];
+    const subnets = new Map(zones.map((zone) => [zone, `subnet-${zone}`]));
+    const members: [string][] = [["a"], ["b"], ["c"], ["c"], ["e"], ["f"]];
+    const asked = (overrides: Override[], pass: number) =>
+      plan({ group: group({ zones, overrides }, members), subnets, pass })
+        .map((p) => `${p.priority}${p.zone}`)
+        .join(" ");
+    const one = { requirements: base, weight: 1 };
+    expect([0, 1, 2].map((pass) => asked([one], pass))).toEqual(["0a 0d 0b 0e", "0f 0c 0a 0d", "0b 0e 0f 0c"]);
+    expect([0, 1].map((pass) => asked([one, { ...one }], pass))).toEqual(["0a 0d 1b 1e", "0b 0e 1f 1c"]);
+    expect(asked([one, offer("m5.large")], 0).split(" ")).toHaveLength(10);
+    // The template's own attributes count as well.
+    const own = { templateType: undefined, templateRequirements: base };
+    expect(plan({ group: group({ zones }, members), subnets, ...own })).toHaveLength(4);
   });
 
   test("are not changed themselves", () => {
@@ -287,7 +312,7 @@ describe("the fleet request", () => {
   test("keeps to the group's own maximum price", () => {
     const input = fleetRequest(group({ spotMaxPrice: "0.05" }), [pool(), pool({ subnet: "subnet-b" })], "spot", tags, 1);
     expect(overrides(input).map((o) => o.MaxPrice)).toEqual(["0.05", "0.05"]);
-    expect(overrides(fleetRequest(group(), [pool()], "spot", tags, 1))[0]).not.toHaveProperty("MaxPrice");
+    expect(overrides(fleetRequest(group(), [pool()], "spot", tags, 1))[0]?.MaxPrice).toBeUndefined();
   });
 
   test("for on-demand keeps the group's order of types where it is prioritized", () => {
@@ -300,7 +325,7 @@ describe("the fleet request", () => {
     ]);
     const cheapest = fleetRequest(group(), pools, "on-demand", tags, 1);
     expect(cheapest.OnDemandOptions?.AllocationStrategy).toBe("lowest-price");
-    for (const o of overrides(cheapest)) expect(o).not.toHaveProperty("Priority");
+    for (const o of overrides(cheapest)) expect(o.Priority).toBeUndefined();
   });
 
   test("names no subnet that the template names, and no type beside requirements", () => {
@@ -311,6 +336,12 @@ describe("the fleet request", () => {
       { InstanceRequirements: requirements, SubnetId: "subnet-a" },
       { SubnetId: "subnet-a" },
     ]);
+  });
+
+  test("has no priority beside requirements, which AWS refuses", () => {
+    const requirements = { VCpuCount: { Min: 2 }, MemoryMiB: { Min: 4096 } };
+    const input = fleetRequest(group({ prioritized: true }), [pool({ type: undefined, requirements })], "on-demand", tags, 1);
+    expect(overrides(input)[0]?.Priority).toBeUndefined();
   });
 
   test("is the same for the same question, so that its token is", () => {
