@@ -2420,21 +2420,28 @@ async function claimsOf(ctx: Ctx, old: string): Promise<Ec2Instance[]> {
   }
 }
 
-/** The living claim on an old instance that wins; and those that are gone: dead, or let go in their turn, and so members no more. */
-async function claimOn(ctx: Ctx, old: string): Promise<{ claim: Ec2Instance | undefined; gone: Ec2Instance[] }> {
+/**
+ * The living claim on an old instance that wins; and those that are gone: dead, or let go in their turn, and so leaving
+ * or members no more. To one that is about to be let go no data goes either (`forData`).
+ */
+async function claimOn(ctx: Ctx, old: string, forData = false) {
   const claims = await claimsOf(ctx, old);
   const isLetGo = await Promise.all(
-    claims.map(async (c) => isLiving(c) && TAG.detached in c.tags && !(await ctx.cloud.member(c.id))),
+    claims.map(async (c) => {
+      if (!isLiving(c) || !(TAG.detached in c.tags)) return false;
+      const member = forData ? undefined : await ctx.cloud.member(c.id);
+      return !member || judgeState(member.lifecycleState) === "leaving";
+    }),
   );
   return { claim: winner(claims.filter((_, n) => !isLetGo[n])), gone: claims.filter((c, n) => isLetGo[n] || !isLiving(c)) };
 }
 
-/** Who stands for an old instance: its claim; where that is gone, the claim on that one, until it is settled. */
-async function standsFor(ctx: Ctx, old: string, depth = 0): Promise<Ec2Instance | undefined> {
-  const { claim, gone } = await claimOn(ctx, old);
-  if (claim && (depth === 0 || !isSettled(claim))) return claim;
-  for (const { id } of !claim && depth < 5 ? gone : []) {
-    const next = await standsFor(ctx, id, depth + 1);
+/** Who stands for an old instance: its claim; where that is gone, the claim on that one, until it is settled. Data goes on to the last. */
+async function standsFor(ctx: Ctx, old: string, forData = false, depth = 0): Promise<Ec2Instance | undefined> {
+  const { claim, gone } = await claimOn(ctx, old, forData);
+  if (claim) return forData || depth === 0 || !isSettled(claim) ? claim : undefined;
+  for (const { id } of depth < 6 ? gone : []) {
+    const next = await standsFor(ctx, id, forData, depth + 1);
     if (next) return next;
   }
   return undefined;
@@ -2911,8 +2918,8 @@ function lostClaim(ctx: Ctx, work: Work, claim: Ec2Instance | undefined): Result
 // Attach before detach, so desired passes through one more. Where the maximum is in the way it is recorded in a
 // tag on the group and raised; the instance manager puts it back. Old and new are read once more right before.
 
-export type AttachItem = { claim: string; old: string; weight: number };
-export type AttachVerdict =
+type AttachItem = { claim: string; old: string; weight: number };
+type AttachVerdict =
   | { is: "attached" }
   | { is: "lost" }
   | { is: "not owed"; reason: string }
@@ -3092,13 +3099,12 @@ async function endOutside(ctx: Ctx, claim: string, group: string): Promise<boole
 
 async function attach(ctx: Ctx, work: Work): Promise<Result> {
   const claim = work.claim ?? "";
-  const shown = await claimsOf(ctx, work.instance);
-  if (shown.some((c) => c.id === claim && isSettled(c))) return done;
   const best = await standsFor(ctx, work.instance);
   if (best && best.id !== claim) {
     work.claim = best.id;
     return again(`${best.id} wins over ${claim}`, 0);
   }
+  if (best && isSettled(best)) return done;
   const verdict = await lane(ctx, work.group).attach({ claim, old: work.instance, weight: work.member?.weight ?? 1 });
   switch (verdict.is) {
     case "attached":
@@ -3149,14 +3155,14 @@ async function guard(ctx: Ctx, work: Work, claim: string): Promise<Result> {
 // The old one goes when its replacement is in service, or when its time is up. What we let go carries
 // spotmax:detached before it goes, and only what carries that is ever ended here.
 
-export type DetachItem = {
+type DetachItem = {
   old: string;
   claim: string | undefined;
   decrement: boolean;
   forced: boolean;
   oldProtected: boolean;
 };
-export type DetachVerdict = "detached" | "left" | "refused" | "not ready";
+type DetachVerdict = "detached" | "left" | "refused" | "not ready";
 
 /** How far a replacement is: none living, launched, a member that is not in service, in service, in service and healthy in its target groups. */
 export type Standing = "none" | "outside" | "joining" | "in service" | "healthy";
@@ -3276,13 +3282,13 @@ async function settle(
   name: string,
   claims: { id: string; keepProtected: boolean; isProtected?: boolean }[],
 ): Promise<void> {
-  const isKept = (kept: boolean) => claims.flatMap((c) => (c.keepProtected === kept ? [c.id] : []));
   await Promise.all(claims.map((c) => (c.keepProtected || c.isProtected === false ? undefined : lane(ctx, name).release(c.id))));
   const time = new Date(Math.floor(cloudNow(ctx) / 10_000) * 10_000).toISOString(); // alike, so that groups share a call
-  for (const kept of [true, false]) {
+  for (const [kept, alike] of Map.groupBy(claims, (c) => c.keepProtected)) {
+    const ids = alike.map((c) => c.id);
     const value = kept ? `${time} ${KEPT}` : time;
-    await ctx.cloud.tag(isKept(kept), { [TAG.attached]: value });
-    for (const id of isKept(kept)) {
+    await ctx.cloud.tag(ids, { [TAG.attached]: value });
+    for (const id of ids) {
       const known = ctx.state.claims.get(id);
       if (known) ctx.state.claims.set(id, { ...known, tags: { ...known.tags, [TAG.attached]: value } });
     }
@@ -3301,12 +3307,7 @@ function keptSince(ctx: Ctx, claim: Ec2Instance): boolean | undefined {
 async function release(ctx: Ctx, group: Group): Promise<void> {
   if (group.protectsNew) return;
   const late = [...ctx.state.claims.values()].filter((c) => keptSince(ctx, c) === false && group.members.get(c.id)?.isProtected);
-  await protect(
-    ctx,
-    group.name,
-    late.map((c) => c.id),
-    false,
-  );
+  await Promise.all(late.map((c) => lane(ctx, group.name).release(c.id)));
 }
 
 /** Detaches up to 20 old instances of one group, all with or all without decrement; runs alone on the group. */
@@ -3380,12 +3381,10 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
     work.log.info(`${instance} has left ${group} already`);
     // A crash between detach and settling: finish it here, where it is known whether the old one was protected.
     // A later notice knows less: the old one was no member any more when it came.
-    const known = claim ? (ctx.state.claims.get(claim) ?? (await ctx.cloud.instance(claim))) : undefined;
-    const settledBefore = known !== undefined && isSettled(known);
     if (
       now &&
       claim &&
-      !settledBefore &&
+      (await openClaimOn(ctx, claim)) &&
       now.members.get(claim)?.lifecycleState === "InService" &&
       (await fateOf(ctx, now, instance)) === "decremented"
     )
@@ -3612,18 +3611,6 @@ async function protectOn(ctx: Ctx, work: Work, old: Ec2Instance): Promise<void> 
   }
 }
 
-/** Who gets an instance's data: the last living claim in the chain, passing by those that are on their own way out. */
-async function heir(ctx: Ctx, old: string, depth = 0): Promise<Ec2Instance | undefined> {
-  const claims = await claimsOf(ctx, old);
-  const staying = winner(claims.filter((c) => !(TAG.detached in c.tags)));
-  if (staying) return staying;
-  for (const c of depth < 6 ? claims : []) {
-    const next = await heir(ctx, c.id, depth + 1);
-    if (next) return next;
-  }
-  return undefined;
-}
-
 const attachCommand = (volume: string, instance: string) =>
   `aws ec2 attach-volume --volume-id ${volume} --instance-id ${instance} --device ${DATA_DEVICE}`;
 
@@ -3631,9 +3618,8 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
   const [source] = ((await ctx.cloud.volumesOf(work.instance)) ?? []).filter((v) => !(TAG.copied in v.tags));
   if (!source) return skip(`no volume of ${work.instance} waits to be moved`, "info");
   const log = work.log.with({ volume: source.id });
-  const ageMs = cloudNow(ctx) - (work.notice.timeMs ?? 0);
   const isPatient = isFresh(ctx, work, VOLUME_PATIENCE_MS);
-  const target = await heir(ctx, work.instance);
+  const target = await standsFor(ctx, work.instance, true);
   const member = target && (await ctx.cloud.member(target.id));
   if (!target || !member) {
     if (isPatient) return retry(`${source.id} waits for a replacement in the group`, 10);
@@ -3662,7 +3648,7 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
       log.warn(
         `${source.id} is still ${source.state}${source.attachedTo ? ` at ${source.attachedTo}` : ""}: waiting on, never forced`,
       );
-    return retry(`${source.id} is ${source.state}`, ageMs < 120_000 ? 3 : isPatient ? 15 : 60);
+    return retry(`${source.id} is ${source.state}`, isFresh(ctx, work, 120_000) ? 3 : isPatient ? 15 : 60);
   }
   const volume = source.zone === target.zone ? source : await copyTo(ctx, work, source, target);
   if ("is" in volume) return volume;

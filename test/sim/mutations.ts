@@ -135,8 +135,8 @@ export const MUTATIONS: Mutation[] = [
     name: "the replacement of another notice gets the data",
     edits: [
       [
-        /const staying = winner\(claims\.filter\(/,
-        "const staying = winner([...ctx.state.claims.values()].filter((c) => TAG.attached in c.tags).filter(",
+        /await standsFor\(ctx, work\.instance, true\);/,
+        "winner([...ctx.state.claims.values()].filter((c) => TAG.attached in c.tags));",
       ],
     ],
   },
