@@ -44,6 +44,28 @@ test("a replacement replaced while the first old one is still a member stands in
   expect(sizes(s)).toEqual([1, 5, 3]);
 });
 
+test("a replacement that is let go stands for nobody while its connections drain", async () => {
+  const s = new Stage({ pendingMs: [6_000, 6_000] });
+  const old = first(s.group({ name: "web", min: 1, max: 5, desired: 3, targetGroups: ["tg"] }, { detaching_delay_seconds: 0 }));
+  await s.start();
+  // Nobody acts on the first one's detach message.
+  s.world.intercept = ({ operation, input }) =>
+    operation === "DetachInstances" && (input as { InstanceIds: string[] }).InstanceIds.includes(old)
+      ? { before: new AwsError("ResourceContention", "busy", 500) }
+      : undefined;
+  s.world.interrupt(old, { withoutReclaim: true });
+  const one = await inService(s);
+  s.world.interrupt(one, { withoutReclaim: true });
+  const state = () => s.world.autoscaling.groups.get("web")?.members.get(one)?.state;
+  await s.until(() => state() === "Detaching", 200);
+  const said = s.lines.length;
+  s.world.interrupt(old, { withoutReclaim: true });
+  await s.seconds(5);
+  expect(state()).toBe("Detaching");
+  const [line = "nothing"] = s.lines.slice(said).filter((l) => l.includes("was launched before"));
+  expect(line).not.toContain(one);
+});
+
 test("a copy made before the group could be read does not forget that the old one was protected", async () => {
   const s = new Stage();
   const old = first(s.group({ name: "web", ...three, protected: true }));
@@ -111,6 +133,23 @@ test("more messages than a daemon holds in hand are all taken, one after the oth
   }
   await s.quiet(3600);
 }, 60_000);
+
+test("a group with dots in its name: an attach whose answer was lost is none that was refused", async () => {
+  for (let seed = 1; seed <= 20; seed++) {
+    const s = new Stage({ seed, staleMs: 20_000 });
+    const old = first(s.group({ name: "nodes.prod.example.com", ...three }));
+    await s.start();
+    let lost = false;
+    s.world.intercept = ({ operation }) => {
+      if (operation !== "AttachInstances" || lost) return undefined;
+      lost = true;
+      return { after: new AwsError("InternalError", "internal", 500) };
+    };
+    s.world.interrupt(old);
+    await s.quiet(3600);
+    expect([seed, s.lines.filter((line) => line.includes("is ended"))]).toEqual([seed, []]);
+  }
+});
 
 test("a tag's removal that is not answered does not take away what is recorded afterwards", async () => {
   const s = new Stage();
