@@ -1400,6 +1400,8 @@ export type State = {
 export type Ctx = { deps: Deps; state: State; cloud: Cloud; signal: AbortSignal };
 /** One group's changes: launches share calls, attaches and detaches are made one after another. */
 export type Lane = {
+  /** How many others are in hand; below the limit it is let in. */
+  admit: Batcher<Work, number>;
   exclusive: <T>(run: () => Promise<T>) => Promise<T>;
   launch: Batcher<LaunchItem, string | undefined>;
   attach: Batcher<AttachItem, AttachVerdict>;
@@ -1471,6 +1473,8 @@ function lane(ctx: Ctx, group: string): Lane {
       return ids.map(() => undefined);
     });
   const made: Lane = {
+    // Never under `exclusive`: hundreds may wait for their turn, and no attach behind them.
+    admit: batcher(ctx.deps, { limit: 1_000 }, (works) => admitBatch(ctx, group, works)),
     exclusive,
     launch: batcher(ctx.deps, { limit: 10, parallel: 8, eager: true, alike: (item) => item.ask, room: launchRoom }, (items) =>
       launchBatch(ctx, group, items),
@@ -2163,13 +2167,15 @@ const isLost = async (ctx: Ctx, claim: Ec2Instance) => TAG.lost in claim.tags &&
  * somebody has attached again are members like any other.
  */
 async function inHandOf(ctx: Ctx, group: string): Promise<Set<string>> {
-  const tagged = await ctx.cloud.describe("counting what is in hand", [
-    { Name: `tag:${TAG.group}`, Values: [group] },
-    { Name: "instance-state-name", Values: ["pending", "running"] },
-  ]);
-  const detached = await ctx.cloud.describe("counting what is on its way out", [
-    { Name: `tag:${TAG.detached}`, Values: [group] },
-    { Name: "instance-state-name", Values: ["running"] },
+  const [tagged, detached] = await Promise.all([
+    ctx.cloud.describe("counting what is in hand", [
+      { Name: `tag:${TAG.group}`, Values: [group] },
+      { Name: "instance-state-name", Values: ["pending", "running"] },
+    ]),
+    ctx.cloud.describe("counting what is on its way out", [
+      { Name: `tag:${TAG.detached}`, Values: [group] },
+      { Name: "instance-state-name", Values: ["running"] },
+    ]),
   ]);
   const members = await Promise.all(detached.map((i) => ctx.cloud.member(i.id)));
   return new Set([
@@ -2178,22 +2184,29 @@ async function inHandOf(ctx: Ctx, group: string): Promise<Set<string>> {
   ]);
 }
 
+/** One count for all that wait; the caller runs one at a time for a group. */
+async function admitBatch(ctx: Ctx, group: string, works: Work[]): Promise<number[]> {
+  const admitted = ctx.state.admitted.get(group) ?? new Set<string>();
+  ctx.state.admitted.set(group, admitted);
+  // As they were before the look: what ends meanwhile may not be in it yet.
+  const before = [...admitted, ...(await inHandOf(ctx, group))];
+  return works.map((work) => {
+    const olds = new Set([...before, ...admitted]);
+    const isBegun = olds.delete(work.instance);
+    if (isBegun || olds.size < work.options.max_num_of_terminated_one_time) admitted.add(work.instance);
+    return isBegun ? 0 : olds.size;
+  });
+}
+
 /** Without a hard deadline: so many at a time in a group, counted from the cloud, and none that is young. */
 async function admit(ctx: Ctx, work: Work, old: Ec2Instance | undefined): Promise<Result> {
   // Preaction does not wait: the next look judges afresh, and messages that wait would pile up. After a crash a launch may not be visible yet.
   const later = (reason: string, seconds: number) =>
     isPreaction(work) && work.received === 1 ? skip(reason) : retry(reason, seconds);
   if (old && cloudNow(ctx) - old.launchedMs < YOUNG_MS) return later("younger than ten minutes", 120);
+  if (ctx.state.admitted.get(work.group)?.has(work.instance)) return done;
   const { max_num_of_terminated_one_time: limit } = work.options;
-  const admitted = ctx.state.admitted.get(work.group) ?? new Set<string>();
-  ctx.state.admitted.set(work.group, admitted);
-  if (admitted.has(work.instance)) return done;
-  const inHand = await lane(ctx, work.group).exclusive(async () => {
-    const olds = new Set([...admitted, ...(await inHandOf(ctx, work.group))]);
-    const isBegun = olds.delete(work.instance);
-    if (isBegun || olds.size < limit) admitted.add(work.instance);
-    return isBegun ? 0 : olds.size;
-  });
+  const inHand = await lane(ctx, work.group).admit(work);
   if (inHand >= limit) return later(`${inHand} of at most ${limit} in hand in ${work.group}`, 60);
   work.log.info(`${work.notice.kind} notice: replacing ${work.instance}, no hurry`, { type: old?.type, zone: old?.zone });
   return done;

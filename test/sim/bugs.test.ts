@@ -342,3 +342,18 @@ test("a replacement's notice that meets a daemon just started does not take our 
   const isProtected = [...(s.world.autoscaling.groups.get("web")?.members.values() ?? [])].map((m) => m.protected);
   expect(isProtected).toEqual([false, false, false]);
 });
+
+test("recommendations that wait for their turn do not hold up an interruption of their group", async () => {
+  const s = new Stage({ latencyMs: [400, 400] });
+  const [old = "", ...others] = s.group(
+    { name: "web", min: 300, max: 320, desired: 300 },
+    { is_to_handle_rebalance_event: true },
+  );
+  await s.start();
+  for (const id of others) s.world.rebalance(id);
+  await s.seconds(90);
+  s.world.interrupt(old);
+  await s.seconds(150);
+  expect(s.world.instance(old).state).not.toBe("running");
+  expect(s.least("web")).toBe(300);
+});
