@@ -628,6 +628,14 @@ async function aws<T>(
   }
 }
 
+/** All pages: a short one, or an empty one, may have more behind it. */
+async function allPages<P extends { NextToken?: string }>(read: (NextToken?: string) => Promise<P>): Promise<P[]> {
+  const pages: P[] = [];
+  do pages.push(await read(pages.at(-1)?.NextToken));
+  while (pages.at(-1)?.NextToken);
+  return pages;
+}
+
 // ─── Pacing ──────────────────────────────────────────────────────────────────────────────────────────────
 // AWS gives an account so many requests a second, for all who live in it, and says how many only by refusing. So
 // each of its buckets is free until it refuses: then it goes on at the pace of what was granted in the last second,
@@ -1123,23 +1131,23 @@ async function tagAll(ctx: Ctx, ids: string[], tags: Record<string, string>, pat
   }
 }
 
+async function readVolumes(ctx: Ctx, doing: string, Filters: Filter[]): Promise<Volume[]> {
+  const pages = await allPages((NextToken) =>
+    aws(ctx, doing, (o) => ctx.deps.ec2.send(new DescribeVolumesCommand({ Filters, MaxResults: 500, NextToken }), o)),
+  );
+  return pages.flatMap((p) => p.Volumes ?? []).flatMap((v) => toVolume(v) ?? []);
+}
+
 /** All batched reads and queue writes; the numbers are AWS's own limits a call. */
 function makeCloud(ctx: Ctx) {
   const { deps } = ctx;
-  /** All pages of one DescribeInstances. */
-  const describe = async (doing: string, filters: Filter[]) => {
-    const found: Ec2Instance[] = [];
-    let NextToken: string | undefined;
-    do {
-      const page = await aws(ctx, doing, (o) =>
-        deps.ec2.send(new DescribeInstancesCommand({ Filters: filters, MaxResults: 1000, NextToken }), o),
-      );
-      const instances = (page.Reservations ?? []).flatMap((r) => r.Instances ?? []);
-      for (const i of instances) mustHave(i.InstanceId ?? "an instance", i, "InstanceId", "State", "LaunchTime");
-      found.push(...instances.flatMap((i) => toInstance(i) ?? []));
-      NextToken = page.NextToken;
-    } while (NextToken);
-    return found;
+  const describe = async (doing: string, Filters: Filter[]) => {
+    const pages = await allPages((NextToken) =>
+      aws(ctx, doing, (o) => deps.ec2.send(new DescribeInstancesCommand({ Filters, MaxResults: 1000, NextToken }), o)),
+    );
+    const instances = pages.flatMap((p) => p.Reservations ?? []).flatMap((r) => r.Instances ?? []);
+    for (const i of instances) mustHave(i.InstanceId ?? "an instance", i, "InstanceId", "State", "LaunchTime");
+    return instances.flatMap((i) => toInstance(i) ?? []);
   };
   const queueWrite = <T extends { queue: string }>(
     doing: string,
@@ -1201,13 +1209,7 @@ function makeCloud(ctx: Ctx) {
     /** Every volume whose data is this instance's. */
     volumesOf: reader<Volume[]>(ctx, { limit: 100, parallel: 4 }, async (owners) => {
       const Filters = [{ Name: `tag:${TAG.volume}`, Values: owners }];
-      const { Volumes = [] } = await aws(ctx, "reading volumes", (o) =>
-        deps.ec2.send(new DescribeVolumesCommand({ Filters, MaxResults: 500 }), o),
-      );
-      return Map.groupBy(
-        Volumes.flatMap((v) => toVolume(v) ?? []),
-        (v) => v.tags[TAG.volume] ?? "",
-      );
+      return Map.groupBy(await readVolumes(ctx, "reading volumes", Filters), (v) => v.tags[TAG.volume] ?? "");
     }),
     member: reader<Member>(ctx, { limit: 50, parallel: 4 }, async (ids) => {
       const { AutoScalingInstances = [] } = await aws(ctx, "finding groups", (o) =>
@@ -2607,23 +2609,19 @@ async function planBatch(
 
 /** Which types the zones offer; asked only where a zone matters, and taken as all where AWS does not say. */
 async function offerings(ctx: Ctx, zones: string[]): Promise<(type: string, zone: string) => boolean> {
+  const input = {
+    LocationType: "availability-zone" as const,
+    Filters: [{ Name: "location", Values: zones }],
+    MaxResults: 1000,
+  };
   const read = async () => {
-    const found = new Set<string>();
-    let NextToken: string | undefined;
-    do {
-      const input = {
-        LocationType: "availability-zone" as const,
-        Filters: [{ Name: "location", Values: zones }],
-        MaxResults: 1000,
-        NextToken,
-      };
-      const page = await aws(ctx, "reading what the zones offer", (o) =>
-        ctx.deps.ec2.send(new DescribeInstanceTypeOfferingsCommand(input), o),
-      );
-      for (const { InstanceType, Location } of page.InstanceTypeOfferings ?? []) found.add(`${InstanceType} ${Location}`);
-      NextToken = page.NextToken;
-    } while (NextToken);
-    return found;
+    const pages = await allPages((NextToken) =>
+      aws(ctx, "reading what the zones offer", (o) =>
+        ctx.deps.ec2.send(new DescribeInstanceTypeOfferingsCommand({ ...input, NextToken }), o),
+      ),
+    );
+    const found = pages.flatMap((p) => p.InstanceTypeOfferings ?? []);
+    return new Set(found.map(({ InstanceType, Location }) => `${InstanceType} ${Location}`));
   };
   try {
     const found = await cached(ctx, `offerings ${zones.join()}`, read);
@@ -3713,15 +3711,7 @@ async function sweepVolumes(ctx: Ctx): Promise<void> {
     { Name: "tag-key", Values: [TAG.volume] },
     { Name: "status", Values: ["available"] },
   ];
-  const found: Volume[] = [];
-  let NextToken: string | undefined;
-  do {
-    const page = await aws(ctx, "looking for volumes that are left", (o) =>
-      ctx.deps.ec2.send(new DescribeVolumesCommand({ Filters, MaxResults: 500, NextToken }), o),
-    );
-    found.push(...(page.Volumes ?? []).flatMap((v) => toVolume(v) ?? []));
-    NextToken = page.NextToken;
-  } while (NextToken);
+  const found = await readVolumes(ctx, "looking for volumes that are left", Filters);
   const left = new Map(found.filter((v) => owners.includes(v.tags[TAG.group] ?? "")).map((v) => [v.id, v]));
   for (const id of state.leftMs.keys()) if (!left.has(id)) state.leftMs.delete(id);
   for (const volume of left.values()) {
@@ -5340,16 +5330,12 @@ async function typesFor(ctx: Ctx, group: Group, weight: number, alt: string[], l
 }
 
 async function readTypes(ctx: Ctx, input: GetInstanceTypesFromInstanceRequirementsCommandInput): Promise<string[]> {
-  const found: string[] = [];
-  let NextToken: string | undefined;
-  do {
-    const page = await aws(ctx, "reading which types meet the group's requirements", (o) =>
+  const pages = await allPages((NextToken) =>
+    aws(ctx, "reading which types meet the group's requirements", (o) =>
       ctx.deps.ec2.send(new GetInstanceTypesFromInstanceRequirementsCommand({ ...input, MaxResults: 1000, NextToken }), o),
-    );
-    found.push(...(page.InstanceTypes ?? []).flatMap(({ InstanceType }) => InstanceType ?? []));
-    NextToken = page.NextToken;
-  } while (NextToken);
-  return found;
+    ),
+  );
+  return pages.flatMap((p) => p.InstanceTypes ?? []).flatMap(({ InstanceType }) => InstanceType ?? []);
 }
 
 /** What was sought in vain is not sought again at once: for a fallback, or for all of a type and zone. */

@@ -73,13 +73,18 @@ export function wildcard(pattern: string): (text: string) => boolean {
   return (text) => expression.test(text);
 }
 
-/** A page of `items`. The token is opaque to callers; a made-up one is refused through `invalid`. */
+/**
+ * A page of `items`, or `isEmpty`: none of them yet. The token is opaque to callers; a made-up one is refused through
+ * `invalid`.
+ */
 export function page<T>(
   items: T[],
   size: number,
   token: string | undefined,
   invalid: () => AwsError,
+  isEmpty = false,
 ): { items: T[]; next: string | undefined } {
+  if (isEmpty && token === undefined) return { items: [], next: "page-0" };
   let start = 0;
   if (token !== undefined) {
     const match = /^page-(\d+)$/.exec(token);
