@@ -500,7 +500,7 @@ export type Deps = {
 /** Try the same call again: the service asks for patience, or nobody knows what became of it. */
 const RETRYABLE = new Set(
   `Throttling ThrottlingException ThrottledException RequestThrottled RequestThrottledException RequestLimitExceeded
-   TooManyRequestsException SlowDown EC2ThrottledException PriorRequestNotComplete ResourceContention
+   TooManyRequestsException KmsThrottled SlowDown EC2ThrottledException PriorRequestNotComplete ResourceContention
    ScalingActivityInProgress SnapshotCreationPerVolumeRateExceeded ConcurrentSnapshotLimitExceeded ServiceUnavailable Unavailable InternalError InternalFailure InternalServerError
    ServiceFailure TimeoutError RequestTimeout RequestTimeoutException RequestExpired RequestInTheFuture
    RequestTimeTooSkewed NetworkingError ECONNREFUSED ECONNRESET EPIPE ETIMEDOUT ENOTFOUND EAI_AGAIN ConnectionRefused
@@ -517,11 +517,13 @@ const CAPACITY = new Set(
 /** Not there: success where absence was wanted, patience just after a launch. */
 const NOT_FOUND = new Set(["InvalidInstanceID.NotFound", "InvalidInstanceID.Malformed", "InvalidID"]);
 
-/** The AWS error's name, through whatever it was wrapped in. */
+/** The AWS error's name, through whatever it was wrapped in, and without the "Fault" that the SDK puts behind some. */
 export function errorName(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   if (error.cause instanceof Error) return errorName(error.cause);
-  return error.name === "Error" && "code" in error && typeof error.code === "string" ? error.code : error.name;
+  return error.name === "Error" && "code" in error && typeof error.code === "string"
+    ? error.code
+    : error.name.replace(/Fault$/, "");
 }
 function errorText(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
@@ -1268,26 +1270,38 @@ function makeCloud(ctx: Ctx) {
       }
       return found;
     }),
-    /** Healthy in one target group; key: ARN, space, instance ID. */
+    /** Healthy in one target group. Where that cannot be read it is not: the deadline's rules need no health. */
     isHealthy: batcher<{ arn: string; id: string }, boolean>(
       deps,
       { limit: 100, parallel: 4, alike: (t) => t.arn },
       async (targets) => {
         const arn = targets[0]?.arn ?? "";
         const Targets = [...new Set(targets.map((t) => t.id))].map((Id) => ({ Id }));
-        const { TargetHealthDescriptions = [] } = await aws(ctx, "reading target health", (o) =>
-          deps.elb.send(new DescribeTargetHealthCommand({ TargetGroupArn: arn, Targets }), o),
-        );
-        // `unused`: no load balancer sends to this target group, so nothing can become healthy in it.
-        const good = new Set(
-          TargetHealthDescriptions.flatMap((d) =>
-            d.TargetHealth?.State === "healthy" ||
-            (d.TargetHealth?.State === "unused" && d.TargetHealth.Reason === "Target.NotInUse")
-              ? [d.Target?.Id]
-              : [],
-          ),
-        );
-        return targets.map((t) => good.has(t.id));
+        try {
+          const command = new DescribeTargetHealthCommand({ TargetGroupArn: arn, Targets });
+          // Who waits asks again every second; a last mark before the deadline may not be missed for it.
+          const brief = { tries: 1, timeoutMs: 3_000 };
+          const answer = await aws(ctx, `reading target health in ${arn}`, (o) => deps.elb.send(command, o), brief);
+          // `unused`: no load balancer sends to this target group, so nothing can become healthy in it.
+          const good = new Set(
+            (answer.TargetHealthDescriptions ?? []).flatMap(({ Target, TargetHealth: { State, Reason } = {} }) =>
+              State === "healthy" || (State === "unused" && Reason === "Target.NotInUse") ? [Target?.Id] : [],
+            ),
+          );
+          return targets.map((t) => good.has(t.id));
+        } catch (error) {
+          if (error instanceof Stopped) throw error;
+          if (isRetryable(error)) deps.log.debug(`${errorText(error)}: not healthy as far as is known`);
+          else
+            sayOnce(
+              ctx,
+              "warn",
+              `health ${arn} ${errorName(error)}`,
+              `${explain(error)}: target health in ${arn} cannot be read`,
+            );
+          // Nothing can become healthy in one that is gone.
+          return targets.map(() => errorName(error).startsWith("TargetGroupNotFound"));
+        }
       },
     ),
     send: queueWrite<{ queue: string; body: string; delaySeconds: number }>("sending messages", (client, QueueUrl, items, o) =>
@@ -4954,8 +4968,11 @@ async function actOnClaim(
     if (data) log.warn(`${data.id} stays available when ${claim.id} goes; to attach it: ${attachCommand(data.id, "INSTANCE")}`);
     const input = { InstanceId: claim.id, ShouldDecrementDesiredCapacity: true };
     const end = () =>
-      aws(ctx, `ending the surplus ${claim.id}`, (o) =>
-        ctx.deps.autoScaling.send(new TerminateInstanceInAutoScalingGroupCommand(input), o),
+      aws(
+        ctx,
+        `ending the surplus ${claim.id}`,
+        (o) => ctx.deps.autoScaling.send(new TerminateInstanceInAutoScalingGroupCommand(input), o),
+        { tries: 2 }, // attaches wait meanwhile, and the next pass looks anyway
       );
     try {
       await lane(ctx, name).exclusive(end);
@@ -5421,6 +5438,8 @@ async function warnings(ctx: Ctx, group: Group, options: GroupOptions, log: Log)
     log.warn(`the Launch process of ${name} is suspended: nothing can be attached until it is resumed`);
   if (group.healthCheck.type.includes("ELB") && !group.healthCheck.graceSeconds)
     log.warn(`${name} uses load-balancer health checks without a grace period: new members may be ended before they answer`);
+  const [id] = group.members.keys();
+  if (id) for (const arn of group.targetGroups) void ctx.cloud.isHealthy({ arn, id }).catch(() => undefined); // says by itself
   if (options.k8s_node_drain_option) void checkCluster(ctx, name, options, log);
   if (options.persistence_dev) await volumeWarnings(ctx, group, options.persistence_dev, log);
   const { LifecycleHooks = [] } = await aws(ctx, `reading the lifecycle hooks of ${name}`, (o) =>

@@ -357,3 +357,18 @@ test("recommendations that wait for their turn do not hold up an interruption of
   expect(s.world.instance(old).state).not.toBe("running");
   expect(s.least("web")).toBe(300);
 });
+
+test("a group that is busy when its maximum is to be raised is asked again at once", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 3, max: 3, desired: 3 }));
+  await s.start();
+  let times = 0;
+  s.world.intercept = ({ operation }) =>
+    operation === "UpdateAutoScalingGroup" && ++times <= 3
+      ? { before: new AwsError("ScalingActivityInProgress", "You already have a pending update.") }
+      : undefined;
+  s.world.interrupt(old);
+  await s.quiet(3600);
+  expect(s.lines.filter((line) => line.includes("the message comes again"))).toEqual([]);
+  s.check([old], { web: [3, 3, 3] });
+});
