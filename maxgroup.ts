@@ -229,13 +229,12 @@ function closed<E extends v.ObjectEntries>(entries: E, also?: { key: RegExp; val
 }
 
 const intervalMinutes = wholeNumber(0, 60 * 24 * 7);
-const queue = closed({
+const queueKeys = {
   queue_url: text("the queue's URL, as `aws sqs get-queue-url` prints it", /^https?:\/\/[^/]+\/.+/),
   visibility_timeout_seconds: v.optional(wholeNumber(10, 43_200), 61),
   max_number_of_messages: v.optional(wholeNumber(1, 10), 10),
   wait_time_seconds: v.optional(wholeNumber(0, 20), 20),
-  preaction_snapshot_interval_minutes: v.optional(intervalMinutes),
-});
+};
 const groupSchema = v.pipe(
   v.custom((x) => typeof x === "object" && x !== null && !Array.isArray(x), "an object"),
   v.transform((x) => {
@@ -267,9 +266,9 @@ const ServiceConfig = closed({
     {},
   ),
   global: closed({
-    interruption_evt_sqs: queue,
-    detach_evt_sqs: queue,
-    termination_evt_sqs: queue,
+    interruption_evt_sqs: closed({ ...queueKeys, preaction_snapshot_interval_minutes: v.optional(intervalMinutes) }),
+    detach_evt_sqs: closed(queueKeys),
+    termination_evt_sqs: closed(queueKeys),
     preaction_snapshot_interval_minutes: v.optional(intervalMinutes),
   }),
   groups: v.record(groupName, groupSchema, "an object that names at least one Auto Scaling group"),
@@ -319,7 +318,7 @@ export function parseConfig(json: string, file = "service_config.json"): Config 
     const isBare = issue.input === undefined && issue.message === "an object";
     return fault(known, isBare ? "" : `: must be ${issue.message}`);
   });
-  faults.push(...hidden(tree).map((path) => fault(path, ": no such key")));
+  faults.push(...hidden(tree).map(([path, rule]) => fault(path, rule)));
   const valueAt = (path: string[]): unknown => findNodeAtLocation(tree, path)?.value;
   const urls = QUEUES.map((name) => valueAt(["global", name, "queue_url"])).filter((url) => url !== undefined);
   if (new Set(urls).size < urls.length) faults.push("global: the three queues must be three different queues");
@@ -344,12 +343,16 @@ function depthOf(json: string): number {
   }
   return most;
 }
-/** Keys that valibot passes over in silence, wherever they stand. */
-function hidden(node: Node, path: string[] = []): string[][] {
+/** Keys that valibot and JSON.parse pass over in silence, wherever they stand, and what is wrong with them. */
+function hidden(node: Node, path: string[] = []): [path: string[], rule: string][] {
+  const names = new Set<unknown>();
   return (node.children ?? []).flatMap((child, i) => {
     const [key, value] = child.type === "property" ? (child.children ?? []) : [undefined, child];
     const here = key ? [...path, String(key.value)] : node.type === "array" ? [...path, String(i)] : path;
-    const found = key && /^(__proto__|prototype|constructor)$/.test(String(key.value)) ? [here] : [];
+    const found: [string[], string][] = [];
+    if (key && /^(__proto__|prototype|constructor)$/.test(String(key.value))) found.push([here, ": no such key"]);
+    else if (key && names.has(key.value)) found.push([here, ": this key stands twice in one object"]);
+    names.add(key?.value);
     return [...found, ...(value ? hidden(value, here) : [])];
   });
 }
@@ -667,7 +670,7 @@ export function makePace(
     return grants.length;
   };
   const refill = () => {
-    const seconds = (deps.now() - atMs) / 1000;
+    const seconds = Math.max(0, deps.now() - atMs) / 1000; // the clock may be set back
     atMs = deps.now();
     if (cutMs > 0) rate *= 1.2 ** seconds;
     if (rate > 1_000) [rate, cutMs] = [Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY];
@@ -1095,19 +1098,21 @@ export function winner(claims: Ec2Instance[]): Ec2Instance | undefined {
   return claims.filter(isLiving).sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1))[0];
 }
 
-/** Without its cause it does not say how. */
-const isLeaving = ({ Description = "", Cause }: Activity) =>
-  Cause !== undefined && /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
+const isLeaving = ({ Description = "" }: Activity) => /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
 
-/** How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself. */
+/**
+ * How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself.
+ * The newest activity that names it tells; one without its cause does not say how.
+ */
 export function howItLeft(
   activities: Activity[],
   instance: string,
   detachedTag: boolean,
 ): "decremented" | "substituted" | "unknown" {
   for (const activity of activities) {
-    if (!isLeaving(activity) || !`${activity.Description} `.includes(`${instance} `)) continue;
-    return /shrinking the capacity/.test(activity.Cause ?? "") ? "decremented" : "substituted";
+    if (activity.Cause === undefined || !`${activity.Description} `.includes(`${instance} `)) continue;
+    if (!isLeaving(activity)) break; // it came back after whatever stands behind this
+    return /shrinking the capacity/.test(activity.Cause) ? "decremented" : "substituted";
   }
   return detachedTag ? "decremented" : "unknown";
 }
@@ -1262,7 +1267,7 @@ function makeCloud(ctx: Ctx) {
           for (const activity of answer.Activities ?? []) {
             const id = named(new Error(activity.Description))[0] ?? "";
             found.get(`${name} ${id}`)?.push(activity);
-            if (isLeaving(activity)) missing.delete(id);
+            if (activity.Cause !== undefined) missing.delete(id);
           }
           NextToken = answer.NextToken;
           if (!NextToken) break;
@@ -1822,7 +1827,8 @@ async function receiveLoop(ctx: Ctx, name: QueueName): Promise<void> {
   while (!ctx.signal.aborted) {
     try {
       if (ctx.state.inHand.size >= MAX_IN_HAND) await pause(ctx, 100);
-      else if (await receive(ctx.state.config.global[name].wait_time_seconds))
+      // A long poll returns the moment that a message is there: a short one only asks more often.
+      else if (await receive(Math.max(1, ctx.state.config.global[name].wait_time_seconds)))
         for (let n = extras; n < MAX_RECEIVES - 1; n++) void extra();
     } catch (error) {
       if (ctx.signal.aborted) return;
@@ -2096,14 +2102,14 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   // What was begun is finished in its own group, and nowhere else.
   const isBegun = notice.carried?.group === name;
   if (!name || !(known || isBegun)) return foreign(ctx, work, member);
-  if (known?.broken && !notice.carried) return retry(`group ${name} is left out at the moment: ${known.broken}`, 10);
-
-  work.group = name;
   work.options = notice.carried?.options ?? known?.options ?? work.options;
   work.log = ctx.deps.log.with({ group: name, instance, notice: notice.id });
-  work.member = member;
   const row = NOTICES[notice.type];
   if (row?.option && !work.options[row.option]) return skip(`${notice.type}: ${row.option} is off`);
+  if (known?.broken && !notice.carried)
+    return retry(`group ${name} is left out at the moment: ${known.broken}`, row?.deadlineSeconds ? 10 : 300);
+  work.group = name;
+  work.member = member;
 
   // Before anything can fail, for it travels in every copy. A replacement that is itself replaced is protected by us.
   const isOurs = member && !notice.carried && claim && !isSettled(claim);
@@ -2935,9 +2941,10 @@ async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<ReturnT
   const known = ctx.state.left.get(old);
   if (known) return known;
   const [activities, instance] = await Promise.all([ctx.cloud.activities(`${group} ${old}`), ctx.cloud.instance(old)]);
-  const how = howItLeft(activities ?? [], old, instance?.tags[TAG.detached] === group);
-  if (activities?.some(isLeaving)) ctx.state.left.set(old, how); // that will never change
-  return how;
+  const told = howItLeft(activities ?? [], old, false);
+  if (told === "unknown" && instance?.tags[TAG.detached] === group) return "decremented";
+  if (told !== "unknown") ctx.state.left.set(old, told); // that will never change
+  return told;
 }
 
 /**
@@ -5675,7 +5682,7 @@ export async function run(ctx: Ctx): Promise<void> {
   for (let waited = 0; ctx.state.inHand.size && waited < 80; waited++) await ctx.deps.sleep(100);
 }
 
-function realDeps(flags: Flags, log: Log): Deps {
+export function realDeps(flags: Flags, log: Log): Deps {
   const endpoint = process.env.AWS_ENDPOINT_URL;
   const credentials = flags.k && flags.p ? { accessKeyId: flags.k, secretAccessKey: flags.p } : undefined;
   const shared = {
@@ -5685,6 +5692,8 @@ function realDeps(flags: Flags, log: Log): Deps {
     ...(flags.t && endpoint ? { endpoint } : {}),
   };
   const clients = new Map<string, SQSClient>();
+  // The URL says which host is meant; beside one the SDK refuses what the environment says of these.
+  const ownHost = { useFipsEndpoint: false, useDualstackEndpoint: false };
   const ec2 = new EC2Client(shared);
   return {
     ec2,
@@ -5693,7 +5702,7 @@ function realDeps(flags: Flags, log: Log): Deps {
     s3: new S3Client({ ...shared, forcePathStyle: endpoint !== undefined }),
     sqs: (queueUrl) => {
       const { origin } = new URL(queueUrl);
-      const client = clients.get(origin) ?? new SQSClient({ ...shared, endpoint: origin });
+      const client = clients.get(origin) ?? new SQSClient({ ...shared, ...ownHost, endpoint: origin });
       clients.set(origin, client);
       return client;
     },

@@ -372,3 +372,25 @@ test("a group that is busy when its maximum is to be raised is asked again at on
   expect(s.lines.filter((line) => line.includes("the message comes again"))).toEqual([]);
   s.check([old], { web: [3, 3, 3] });
 });
+
+test("notices that are switched off do not circle because their group is left out", async () => {
+  const s = new Stage();
+  s.group({ name: "fine", ...three });
+  const members = s.group({ name: "web", ...three, launchConfiguration: true });
+  await s.start();
+  for (const id of members) s.world.rebalance(id);
+  await s.seconds(30);
+  expect(s.isQuiet()).toBe(true);
+  // An interruption waits for its group to be mended, as long as there is time.
+  s.world.interrupt(first(members), { withoutReclaim: true });
+  await s.seconds(30);
+  expect(s.isQuiet()).toBe(false);
+});
+
+test("short polls that find nothing are no hot loop", async () => {
+  const s = new Stage();
+  s.group({ name: "web", ...three });
+  await s.start({ config: s.config({ wait_time_seconds: 0 }) });
+  await s.seconds(60);
+  expect(s.world.calls["sqs:ReceiveMessage"]).toBeLessThan(3 * 65);
+});
