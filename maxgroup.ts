@@ -1358,66 +1358,67 @@ export type Cloud = ReturnType<typeof makeCloud> & { terminate: (ids: string[]) 
 type LookedAfter = { options: GroupOptions; broken?: string; faults?: string };
 
 /** What the process remembers. All of it may be lost at any moment: it saves calls and says what is in hand. */
-export type State = {
-  config: Config;
+const newState = (config: Config) => ({
+  config,
   /** Groups looked after, with their options; `broken` says why one is left out at the moment. */
-  groups: Map<string, LookedAfter>;
+  groups: new Map<string, LookedAfter>(),
   /** AWS's clock less this machine's. */
-  clockOffsetMs: number;
-  clockToldMs: number;
+  clockOffsetMs: 0,
+  clockToldMs: Number.NEGATIVE_INFINITY,
   /** When a receive last came back full: there is more where that came from. */
-  fullReceiveMs: number;
+  fullReceiveMs: Number.NEGATIVE_INFINITY,
   /** Messages in hand, by queue and message ID. */
-  inHand: Map<string, Work>;
+  inHand: new Map<string, Work>(),
   /** Our living instances as the instance manager last saw them, with those launched since. */
-  claims: Map<string, Ec2Instance>;
+  claims: new Map<string, Ec2Instance>(),
   /** Launches under way, by old instance: one daemon never launches two. */
-  launching: Map<string, Promise<string | undefined>>;
+  launching: new Map<string, Promise<string | undefined>>(),
   /** Old instances that were let in without a hard deadline and are not visible as claims yet, by group. */
-  admitted: Map<string, Set<string>>;
+  admitted: new Map<string, Set<string>>(),
   /** Pools that failed or are being reclaimed, until when (ms); a hint only. */
-  failedPools: Map<string, number>;
-  lanes: Map<string, Lane>;
+  failedPools: new Map<string, number>(),
+  lanes: new Map<string, Lane>(),
   /** How fast AWS's request buckets let us go, and our own reads. */
-  paces: Map<string, Pace>;
+  paces: new Map<string, Pace>(),
   /** Launch templates and subnets, a minute each. */
-  cache: Map<string, { atMs: number; value: Promise<unknown> }>;
+  cache: new Map<string, { atMs: number; value: Promise<unknown> }>(),
   /** When the manager first saw a claim outside every group. */
-  outsideSince: Map<string, number>;
+  outsideSince: new Map<string, number>(),
   /** Claims that this process has attached, or tried to without a clear answer. */
-  joined: Set<string>;
+  joined: new Set<string>(),
   /** How instances left, where their group's activities told. */
-  left: Map<string, "decremented" | "substituted" | "unknown">;
+  left: new Map<string, "decremented" | "substituted" | "unknown">(),
   /** When a detach message for an old instance was last in hand here. */
-  detachSeenMs: Map<string, number>;
+  detachSeenMs: new Map<string, number>(),
   /** When the agents of old instances were asked to let their services go: once, whatever came of it. */
-  deregisteredMs: Map<string, number>;
+  deregisteredMs: new Map<string, number>(),
   /** Messages whose work is done and whose deletion failed: seen again, they are only deleted. */
-  finishedMs: Map<string, number>;
+  finishedMs: new Map<string, number>(),
   /** Since when a claim is seen as it is, and when it was last acted on, by claim and matter. */
-  actedMs: Map<string, number>;
+  actedMs: new Map<string, number>(),
   /** Resolves once the instance manager has had its first look. */
-  firstPass: Promise<unknown>;
+  firstPass: Promise.resolve() as Promise<unknown>,
   /** -K: the kubeconfig file of groups that name none. */
-  kubeconfig?: string;
+  kubeconfig: undefined as string | undefined,
   /** By kubeconfig file; empty: the cluster that we run in. */
-  clusters: Map<string, Cluster>;
+  clusters: new Map<string, Cluster>(),
   /** When nodes were last looked at for notices that did not come true. */
-  nodesLookedMs: number;
+  nodesLookedMs: Number.NEGATIVE_INFINITY,
   /** Raised maximums that may go back: since when, and since when desired stands above. */
-  restoring: Map<string, { calmSinceMs?: number; aboveSinceMs?: number }>;
+  restoring: new Map<string, { calmSinceMs?: number; aboveSinceMs?: number }>(),
   /** Since when a data volume lies available, or that it has been asked after; and when they were last looked for. */
-  leftMs: Map<string, number>;
+  leftMs: new Map<string, number>(),
   /** Old instances whose data could not be kept or tagged yet. */
-  atRisk: Set<string>;
-  volumesSweptMs: number;
+  atRisk: new Set<string>(),
+  volumesSweptMs: Number.NEGATIVE_INFINITY,
   /** The last good copy of the Spot Advisor's data, reduced to this region. */
-  advisor: Advisor | undefined;
+  advisor: undefined as Advisor | undefined,
   /** What preaction has said and need not say again. */
-  said: Set<string>;
+  said: new Set<string>(),
   /** Members that this process asked to have replaced, their group, and when: the message may not be seen yet. */
-  asked: Map<string, { group: string; atMs: number }>;
-};
+  asked: new Map<string, { group: string; atMs: number }>(),
+});
+export type State = ReturnType<typeof newState>;
 export type Ctx = { deps: Deps; state: State; cloud: Cloud; signal: AbortSignal };
 /** One group's changes: launches share calls, attaches and detaches are made one after another. */
 export type Lane = {
@@ -1432,39 +1433,7 @@ export type Lane = {
 };
 
 export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ctx {
-  const state: State = {
-    config,
-    groups: new Map(),
-    clockOffsetMs: 0,
-    clockToldMs: Number.NEGATIVE_INFINITY,
-    fullReceiveMs: Number.NEGATIVE_INFINITY,
-    inHand: new Map(),
-    claims: new Map(),
-    launching: new Map(),
-    admitted: new Map(),
-    failedPools: new Map(),
-    lanes: new Map(),
-    paces: new Map(),
-    cache: new Map(),
-    outsideSince: new Map(),
-    actedMs: new Map(),
-    joined: new Set(),
-    left: new Map(),
-    detachSeenMs: new Map(),
-    deregisteredMs: new Map(),
-    finishedMs: new Map(),
-    clusters: new Map(),
-    nodesLookedMs: Number.NEGATIVE_INFINITY,
-    restoring: new Map(),
-    leftMs: new Map(),
-    atRisk: new Set(),
-    volumesSweptMs: Number.NEGATIVE_INFINITY,
-    advisor: undefined,
-    said: new Set(),
-    asked: new Map(),
-    firstPass: Promise.resolve(),
-  };
-  const ctx = { deps, state, signal } as Ctx;
+  const ctx = { deps, state: newState(config), signal } as Ctx;
   ctx.deps = {
     ...deps,
     ec2: paced(ctx, "ec2", deps.ec2),
