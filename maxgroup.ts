@@ -230,13 +230,12 @@ function closed<E extends v.ObjectEntries>(entries: E, also?: { key: RegExp; val
 }
 
 const intervalMinutes = wholeNumber(0, 60 * 24 * 7);
-const queue = closed({
+const queueKeys = {
   queue_url: text("the queue's URL, as `aws sqs get-queue-url` prints it", /^https?:\/\/[^/]+\/.+/),
   visibility_timeout_seconds: v.optional(wholeNumber(10, 43_200), 61),
   max_number_of_messages: v.optional(wholeNumber(1, 10), 10),
   wait_time_seconds: v.optional(wholeNumber(0, 20), 20),
-  preaction_snapshot_interval_minutes: v.optional(intervalMinutes),
-});
+};
 const groupSchema = v.pipe(
   v.custom((x) => typeof x === "object" && x !== null && !Array.isArray(x), "an object"),
   v.transform((x) => {
@@ -268,9 +267,9 @@ const ServiceConfig = closed({
     {},
   ),
   global: closed({
-    interruption_evt_sqs: queue,
-    detach_evt_sqs: queue,
-    termination_evt_sqs: queue,
+    interruption_evt_sqs: closed({ ...queueKeys, preaction_snapshot_interval_minutes: v.optional(intervalMinutes) }),
+    detach_evt_sqs: closed(queueKeys),
+    termination_evt_sqs: closed(queueKeys),
     preaction_snapshot_interval_minutes: v.optional(intervalMinutes),
   }),
   groups: v.record(groupName, groupSchema, "an object that names at least one Auto Scaling group"),
@@ -320,7 +319,7 @@ export function parseConfig(json: string, file = "service_config.json"): Config 
     const isBare = issue.input === undefined && issue.message === "an object";
     return fault(known, isBare ? "" : `: must be ${issue.message}`);
   });
-  faults.push(...hidden(tree).map((path) => fault(path, ": no such key")));
+  faults.push(...hidden(tree).map(([path, rule]) => fault(path, rule)));
   const valueAt = (path: string[]): unknown => findNodeAtLocation(tree, path)?.value;
   const urls = QUEUES.map((name) => valueAt(["global", name, "queue_url"])).filter((url) => url !== undefined);
   if (new Set(urls).size < urls.length) faults.push("global: the three queues must be three different queues");
@@ -345,12 +344,16 @@ function depthOf(json: string): number {
   }
   return most;
 }
-/** Keys that valibot passes over in silence, wherever they stand. */
-function hidden(node: Node, path: string[] = []): string[][] {
+/** Keys that valibot and JSON.parse pass over in silence, wherever they stand, and what is wrong with them. */
+function hidden(node: Node, path: string[] = []): [path: string[], rule: string][] {
+  const names = new Set<unknown>();
   return (node.children ?? []).flatMap((child, i) => {
     const [key, value] = child.type === "property" ? (child.children ?? []) : [undefined, child];
     const here = key ? [...path, String(key.value)] : node.type === "array" ? [...path, String(i)] : path;
-    const found = key && /^(__proto__|prototype|constructor)$/.test(String(key.value)) ? [here] : [];
+    const found: [string[], string][] = [];
+    if (key && /^(__proto__|prototype|constructor)$/.test(String(key.value))) found.push([here, ": no such key"]);
+    else if (key && names.has(key.value)) found.push([here, ": this key stands twice in one object"]);
+    names.add(key?.value);
     return [...found, ...(value ? hidden(value, here) : [])];
   });
 }
@@ -501,7 +504,7 @@ export type Deps = {
 /** Try the same call again: the service asks for patience, or nobody knows what became of it. */
 const RETRYABLE = new Set(
   `Throttling ThrottlingException ThrottledException RequestThrottled RequestThrottledException RequestLimitExceeded
-   TooManyRequestsException SlowDown EC2ThrottledException PriorRequestNotComplete ResourceContention
+   TooManyRequestsException KmsThrottled SlowDown EC2ThrottledException PriorRequestNotComplete ResourceContention
    ScalingActivityInProgress SnapshotCreationPerVolumeRateExceeded ConcurrentSnapshotLimitExceeded ServiceUnavailable Unavailable InternalError InternalFailure InternalServerError
    ServiceFailure TimeoutError RequestTimeout RequestTimeoutException RequestExpired RequestInTheFuture
    RequestTimeTooSkewed NetworkingError ECONNREFUSED ECONNRESET EPIPE ETIMEDOUT ENOTFOUND EAI_AGAIN ConnectionRefused
@@ -518,11 +521,13 @@ const CAPACITY = new Set(
 /** Not there: success where absence was wanted, patience just after a launch. */
 const NOT_FOUND = new Set(["InvalidInstanceID.NotFound", "InvalidInstanceID.Malformed", "InvalidID"]);
 
-/** The AWS error's name, through whatever it was wrapped in. */
+/** The AWS error's name, through whatever it was wrapped in, and without the "Fault" that the SDK puts behind some. */
 export function errorName(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   if (error.cause instanceof Error) return errorName(error.cause);
-  return error.name === "Error" && "code" in error && typeof error.code === "string" ? error.code : error.name;
+  return error.name === "Error" && "code" in error && typeof error.code === "string"
+    ? error.code
+    : error.name.replace(/Fault$/, "");
 }
 function errorText(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
@@ -634,6 +639,14 @@ async function aws<T>(
   }
 }
 
+/** All pages: a short one, or an empty one, may have more behind it. */
+async function allPages<P extends { NextToken?: string }>(read: (NextToken?: string) => Promise<P>): Promise<P[]> {
+  const pages: P[] = [];
+  do pages.push(await read(pages.at(-1)?.NextToken));
+  while (pages.at(-1)?.NextToken);
+  return pages;
+}
+
 // ─── Pacing ──────────────────────────────────────────────────────────────────────────────────────────────
 // AWS gives an account so many requests a second, for all who live in it, and says how many only by refusing. So
 // each of its buckets is free until it refuses: then it goes on at the pace of what was granted in the last second,
@@ -663,7 +676,7 @@ export function makePace(
     return grants.length;
   };
   const refill = () => {
-    const seconds = (deps.now() - atMs) / 1000;
+    const seconds = Math.max(0, deps.now() - atMs) / 1000; // the clock may be set back
     atMs = deps.now();
     if (cutMs > 0) rate *= 1.2 ** seconds;
     if (rate > 1_000) [rate, cutMs] = [Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY];
@@ -1091,19 +1104,21 @@ export function winner(claims: Ec2Instance[]): Ec2Instance | undefined {
   return claims.filter(isLiving).sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1))[0];
 }
 
-/** Without its cause it does not say how. */
-const isLeaving = ({ Description = "", Cause }: Activity) =>
-  Cause !== undefined && /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
+const isLeaving = ({ Description = "" }: Activity) => /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
 
-/** How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself. */
+/**
+ * How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself.
+ * The newest activity that names it tells; one without its cause does not say how.
+ */
 export function howItLeft(
   activities: Activity[],
   instance: string,
   detachedTag: boolean,
 ): "decremented" | "substituted" | "unknown" {
   for (const activity of activities) {
-    if (!isLeaving(activity) || !`${activity.Description} `.includes(`${instance} `)) continue;
-    return /shrinking the capacity/.test(activity.Cause ?? "") ? "decremented" : "substituted";
+    if (activity.Cause === undefined || !`${activity.Description} `.includes(`${instance} `)) continue;
+    if (!isLeaving(activity)) break; // it came back after whatever stands behind this
+    return /shrinking the capacity/.test(activity.Cause) ? "decremented" : "substituted";
   }
   return detachedTag ? "decremented" : "unknown";
 }
@@ -1129,23 +1144,23 @@ async function tagAll(ctx: Ctx, ids: string[], tags: Record<string, string>, pat
   }
 }
 
+async function readVolumes(ctx: Ctx, doing: string, Filters: Filter[]): Promise<Volume[]> {
+  const pages = await allPages((NextToken) =>
+    aws(ctx, doing, (o) => ctx.deps.ec2.send(new DescribeVolumesCommand({ Filters, MaxResults: 500, NextToken }), o)),
+  );
+  return pages.flatMap((p) => p.Volumes ?? []).flatMap((v) => toVolume(v) ?? []);
+}
+
 /** All batched reads and queue writes; the numbers are AWS's own limits a call. */
 function makeCloud(ctx: Ctx) {
   const { deps } = ctx;
-  /** All pages of one DescribeInstances. */
-  const describe = async (doing: string, filters: Filter[]) => {
-    const found: Ec2Instance[] = [];
-    let NextToken: string | undefined;
-    do {
-      const page = await aws(ctx, doing, (o) =>
-        deps.ec2.send(new DescribeInstancesCommand({ Filters: filters, MaxResults: 1000, NextToken }), o),
-      );
-      const instances = (page.Reservations ?? []).flatMap((r) => r.Instances ?? []);
-      for (const i of instances) mustHave(i.InstanceId ?? "an instance", i, "InstanceId", "State", "LaunchTime");
-      found.push(...instances.flatMap((i) => toInstance(i) ?? []));
-      NextToken = page.NextToken;
-    } while (NextToken);
-    return found;
+  const describe = async (doing: string, Filters: Filter[]) => {
+    const pages = await allPages((NextToken) =>
+      aws(ctx, doing, (o) => deps.ec2.send(new DescribeInstancesCommand({ Filters, MaxResults: 1000, NextToken }), o)),
+    );
+    const instances = pages.flatMap((p) => p.Reservations ?? []).flatMap((r) => r.Instances ?? []);
+    for (const i of instances) mustHave(i.InstanceId ?? "an instance", i, "InstanceId", "State", "LaunchTime");
+    return instances.flatMap((i) => toInstance(i) ?? []);
   };
   const queueWrite = <T extends { queue: string }>(
     doing: string,
@@ -1207,13 +1222,7 @@ function makeCloud(ctx: Ctx) {
     /** Every volume whose data is this instance's. */
     volumesOf: reader<Volume[]>(ctx, { limit: 100, parallel: 4 }, async (owners) => {
       const Filters = [{ Name: `tag:${TAG.volume}`, Values: owners }];
-      const { Volumes = [] } = await aws(ctx, "reading volumes", (o) =>
-        deps.ec2.send(new DescribeVolumesCommand({ Filters, MaxResults: 500 }), o),
-      );
-      return Map.groupBy(
-        Volumes.flatMap((v) => toVolume(v) ?? []),
-        (v) => v.tags[TAG.volume] ?? "",
-      );
+      return Map.groupBy(await readVolumes(ctx, "reading volumes", Filters), (v) => v.tags[TAG.volume] ?? "");
     }),
     member: reader<Member>(ctx, { limit: 50, parallel: 4 }, async (ids) => {
       const { AutoScalingInstances = [] } = await aws(ctx, "finding groups", (o) =>
@@ -1265,7 +1274,7 @@ function makeCloud(ctx: Ctx) {
           for (const activity of answer.Activities ?? []) {
             const id = named(new Error(activity.Description))[0] ?? "";
             found.get(`${name} ${id}`)?.push(activity);
-            if (isLeaving(activity)) missing.delete(id);
+            if (activity.Cause !== undefined) missing.delete(id);
           }
           NextToken = answer.NextToken;
           const startMs = answer.Activities?.at(-1)?.StartTime?.getTime();
@@ -1274,26 +1283,38 @@ function makeCloud(ctx: Ctx) {
       }
       return found;
     }),
-    /** Healthy in one target group; key: ARN, space, instance ID. */
+    /** Healthy in one target group. Where that cannot be read it is not: the deadline's rules need no health. */
     isHealthy: batcher<{ arn: string; id: string }, boolean>(
       deps,
       { limit: 100, parallel: 4, alike: (t) => t.arn },
       async (targets) => {
         const arn = targets[0]?.arn ?? "";
         const Targets = [...new Set(targets.map((t) => t.id))].map((Id) => ({ Id }));
-        const { TargetHealthDescriptions = [] } = await aws(ctx, "reading target health", (o) =>
-          deps.elb.send(new DescribeTargetHealthCommand({ TargetGroupArn: arn, Targets }), o),
-        );
-        // `unused`: no load balancer sends to this target group, so nothing can become healthy in it.
-        const good = new Set(
-          TargetHealthDescriptions.flatMap((d) =>
-            d.TargetHealth?.State === "healthy" ||
-            (d.TargetHealth?.State === "unused" && d.TargetHealth.Reason === "Target.NotInUse")
-              ? [d.Target?.Id]
-              : [],
-          ),
-        );
-        return targets.map((t) => good.has(t.id));
+        try {
+          const command = new DescribeTargetHealthCommand({ TargetGroupArn: arn, Targets });
+          // Who waits asks again every second; a last mark before the deadline may not be missed for it.
+          const brief = { tries: 1, timeoutMs: 3_000 };
+          const answer = await aws(ctx, `reading target health in ${arn}`, (o) => deps.elb.send(command, o), brief);
+          // `unused`: no load balancer sends to this target group, so nothing can become healthy in it.
+          const good = new Set(
+            (answer.TargetHealthDescriptions ?? []).flatMap(({ Target, TargetHealth: { State, Reason } = {} }) =>
+              State === "healthy" || (State === "unused" && Reason === "Target.NotInUse") ? [Target?.Id] : [],
+            ),
+          );
+          return targets.map((t) => good.has(t.id));
+        } catch (error) {
+          if (error instanceof Stopped) throw error;
+          if (isRetryable(error)) deps.log.debug(`${errorText(error)}: not healthy as far as is known`);
+          else
+            sayOnce(
+              ctx,
+              "warn",
+              `health ${arn} ${errorName(error)}`,
+              `${explain(error)}: target health in ${arn} cannot be read`,
+            );
+          // Nothing can become healthy in one that is gone.
+          return targets.map(() => errorName(error).startsWith("TargetGroupNotFound"));
+        }
       },
     ),
     send: queueWrite<{ queue: string; body: string; delaySeconds: number }>("sending messages", (client, QueueUrl, items, o) =>
@@ -1345,69 +1366,72 @@ export type Cloud = ReturnType<typeof makeCloud> & { terminate: (ids: string[]) 
 type LookedAfter = { options: GroupOptions; broken?: string; faults?: string };
 
 /** What the process remembers. All of it may be lost at any moment: it saves calls and says what is in hand. */
-export type State = {
-  config: Config;
+const newState = (config: Config) => ({
+  config,
   /** Groups looked after, with their options; `broken` says why one is left out at the moment. */
-  groups: Map<string, LookedAfter>;
+  groups: new Map<string, LookedAfter>(),
   /** AWS's clock less this machine's. */
-  clockOffsetMs: number;
-  clockToldMs: number;
+  clockOffsetMs: 0,
+  clockToldMs: Number.NEGATIVE_INFINITY,
   /** When a receive last came back full: there is more where that came from. */
-  fullReceiveMs: number;
+  fullReceiveMs: Number.NEGATIVE_INFINITY,
   /** Messages in hand, by queue and message ID. */
-  inHand: Map<string, Work>;
+  inHand: new Map<string, Work>(),
   /** Our living instances as the instance manager last saw them, with those launched since. */
-  claims: Map<string, Ec2Instance>;
+  claims: new Map<string, Ec2Instance>(),
   /** Launches under way, by old instance: one daemon never launches two. */
-  launching: Map<string, Promise<string | undefined>>;
+  launching: new Map<string, Promise<string | undefined>>(),
   /** Old instances that were let in without a hard deadline and are not visible as claims yet, by group. */
-  admitted: Map<string, Set<string>>;
+  admitted: new Map<string, Set<string>>(),
   /** Pools that failed or are being reclaimed, until when (ms); a hint only. */
-  failedPools: Map<string, number>;
-  lanes: Map<string, Lane>;
+  failedPools: new Map<string, number>(),
+  lanes: new Map<string, Lane>(),
   /** How fast AWS's request buckets let us go, and our own reads. */
-  paces: Map<string, Pace>;
+  paces: new Map<string, Pace>(),
   /** Launch templates and subnets, a minute each. */
-  cache: Map<string, { atMs: number; value: Promise<unknown> }>;
+  cache: new Map<string, { atMs: number; value: Promise<unknown> }>(),
   /** When the manager first saw a claim outside every group. */
-  outsideSince: Map<string, number>;
+  outsideSince: new Map<string, number>(),
   /** Claims that this process has attached, or tried to without a clear answer. */
-  joined: Set<string>;
+  joined: new Set<string>(),
   /** How instances left, where their group's activities told. */
-  left: Map<string, "decremented" | "substituted" | "unknown">;
+  left: new Map<string, "decremented" | "substituted" | "unknown">(),
   /** When a detach message for an old instance was last in hand here. */
-  detachSeenMs: Map<string, number>;
+  detachSeenMs: new Map<string, number>(),
   /** When the agents of old instances were asked to let their services go: once, whatever came of it. */
-  deregisteredMs: Map<string, number>;
+  deregisteredMs: new Map<string, number>(),
   /** Messages whose work is done and whose deletion failed: seen again, they are only deleted. */
-  finishedMs: Map<string, number>;
+  finishedMs: new Map<string, number>(),
   /** Since when a claim is seen as it is, and when it was last acted on, by claim and matter. */
-  actedMs: Map<string, number>;
+  actedMs: new Map<string, number>(),
   /** Resolves once the instance manager has had its first look. */
-  firstPass: Promise<unknown>;
+  firstPass: Promise.resolve() as Promise<unknown>,
   /** -K: the kubeconfig file of groups that name none. */
-  kubeconfig?: string;
+  kubeconfig: undefined as string | undefined,
   /** By kubeconfig file; empty: the cluster that we run in. */
-  clusters: Map<string, Cluster>;
+  clusters: new Map<string, Cluster>(),
   /** When nodes were last looked at for notices that did not come true. */
-  nodesLookedMs: number;
+  nodesLookedMs: Number.NEGATIVE_INFINITY,
   /** Raised maximums that may go back: since when, and since when desired stands above. */
-  restoring: Map<string, { calmSinceMs?: number; aboveSinceMs?: number }>;
+  restoring: new Map<string, { calmSinceMs?: number; aboveSinceMs?: number }>(),
   /** Since when a data volume lies available, or that it has been asked after; and when they were last looked for. */
-  leftMs: Map<string, number>;
+  leftMs: new Map<string, number>(),
   /** Old instances whose data could not be kept or tagged yet. */
-  atRisk: Set<string>;
-  volumesSweptMs: number;
+  atRisk: new Set<string>(),
+  volumesSweptMs: Number.NEGATIVE_INFINITY,
   /** The last good copy of the Spot Advisor's data, reduced to this region. */
-  advisor: Advisor | undefined;
+  advisor: undefined as Advisor | undefined,
   /** What preaction has said and need not say again. */
-  said: Set<string>;
+  said: new Set<string>(),
   /** Members that this process asked to have replaced, their group, and when: the message may not be seen yet. */
-  asked: Map<string, { group: string; atMs: number }>;
-};
+  asked: new Map<string, { group: string; atMs: number }>(),
+});
+export type State = ReturnType<typeof newState>;
 export type Ctx = { deps: Deps; state: State; cloud: Cloud; signal: AbortSignal };
 /** One group's changes: launches share calls, attaches and detaches are made one after another. */
 export type Lane = {
+  /** How many others are in hand; below the limit it is let in. */
+  admit: Batcher<Work, number>;
   exclusive: <T>(run: () => Promise<T>) => Promise<T>;
   launch: Batcher<LaunchItem, string | undefined>;
   attach: Batcher<AttachItem, AttachVerdict>;
@@ -1417,39 +1441,7 @@ export type Lane = {
 };
 
 export function makeContext(deps: Deps, config: Config, signal: AbortSignal): Ctx {
-  const state: State = {
-    config,
-    groups: new Map(),
-    clockOffsetMs: 0,
-    clockToldMs: Number.NEGATIVE_INFINITY,
-    fullReceiveMs: Number.NEGATIVE_INFINITY,
-    inHand: new Map(),
-    claims: new Map(),
-    launching: new Map(),
-    admitted: new Map(),
-    failedPools: new Map(),
-    lanes: new Map(),
-    paces: new Map(),
-    cache: new Map(),
-    outsideSince: new Map(),
-    actedMs: new Map(),
-    joined: new Set(),
-    left: new Map(),
-    detachSeenMs: new Map(),
-    deregisteredMs: new Map(),
-    finishedMs: new Map(),
-    clusters: new Map(),
-    nodesLookedMs: Number.NEGATIVE_INFINITY,
-    restoring: new Map(),
-    leftMs: new Map(),
-    atRisk: new Set(),
-    volumesSweptMs: Number.NEGATIVE_INFINITY,
-    advisor: undefined,
-    said: new Set(),
-    asked: new Map(),
-    firstPass: Promise.resolve(),
-  };
-  const ctx = { deps, state, signal } as Ctx;
+  const ctx = { deps, state: newState(config), signal } as Ctx;
   ctx.deps = {
     ...deps,
     ec2: paced(ctx, "ec2", deps.ec2),
@@ -1479,6 +1471,8 @@ function lane(ctx: Ctx, group: string): Lane {
       return ids.map(() => undefined);
     });
   const made: Lane = {
+    // Never under `exclusive`: hundreds may wait for their turn, and no attach behind them.
+    admit: batcher(ctx.deps, { limit: 1_000 }, (works) => admitBatch(ctx, group, works)),
     exclusive,
     launch: batcher(ctx.deps, { limit: 10, parallel: 8, eager: true, alike: (item) => item.ask, room: launchRoom }, (items) =>
       launchBatch(ctx, group, items),
@@ -1810,7 +1804,8 @@ async function receiveLoop(ctx: Ctx, name: QueueName): Promise<void> {
   while (!ctx.signal.aborted) {
     try {
       if (ctx.state.inHand.size >= MAX_IN_HAND) await pause(ctx, 100);
-      else if (await receive(ctx.state.config.global[name].wait_time_seconds))
+      // A long poll returns the moment that a message is there: a short one only asks more often.
+      else if (await receive(Math.max(1, ctx.state.config.global[name].wait_time_seconds)))
         for (let n = extras; n < MAX_RECEIVES - 1; n++) void extra();
     } catch (error) {
       if (ctx.signal.aborted) return;
@@ -2082,14 +2077,14 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   // What was begun is finished in its own group, and nowhere else.
   const isBegun = notice.carried?.group === name;
   if (!name || !(known || isBegun)) return foreign(ctx, work, member);
-  if (known?.broken && !notice.carried) return retry(`group ${name} is left out at the moment: ${known.broken}`, 10);
-
-  work.group = name;
   work.options = notice.carried?.options ?? known?.options ?? work.options;
   work.log = ctx.deps.log.with({ group: name, instance, notice: notice.id });
-  work.member = member;
   const row = NOTICES[notice.type];
   if (row?.option && !work.options[row.option]) return skip(`${notice.type}: ${row.option} is off`);
+  if (known?.broken && !notice.carried)
+    return retry(`group ${name} is left out at the moment: ${known.broken}`, row?.deadlineSeconds ? 10 : 300);
+  work.group = name;
+  work.member = member;
 
   // Before anything can fail, for it travels in every copy. A replacement that is itself replaced is protected by us.
   const isOurs = member && !notice.carried && claim && !isSettled(claim);
@@ -2169,13 +2164,15 @@ const isLost = async (ctx: Ctx, claim: Ec2Instance) => TAG.lost in claim.tags &&
  * somebody has attached again are members like any other.
  */
 async function inHandOf(ctx: Ctx, group: string): Promise<Set<string>> {
-  const tagged = await ctx.cloud.describe("counting what is in hand", [
-    { Name: `tag:${TAG.group}`, Values: [group] },
-    { Name: "instance-state-name", Values: ["pending", "running"] },
-  ]);
-  const detached = await ctx.cloud.describe("counting what is on its way out", [
-    { Name: `tag:${TAG.detached}`, Values: [group] },
-    { Name: "instance-state-name", Values: ["running"] },
+  const [tagged, detached] = await Promise.all([
+    ctx.cloud.describe("counting what is in hand", [
+      { Name: `tag:${TAG.group}`, Values: [group] },
+      { Name: "instance-state-name", Values: ["pending", "running"] },
+    ]),
+    ctx.cloud.describe("counting what is on its way out", [
+      { Name: `tag:${TAG.detached}`, Values: [group] },
+      { Name: "instance-state-name", Values: ["running"] },
+    ]),
   ]);
   const members = await Promise.all(detached.map((i) => ctx.cloud.member(i.id)));
   return new Set([
@@ -2184,22 +2181,29 @@ async function inHandOf(ctx: Ctx, group: string): Promise<Set<string>> {
   ]);
 }
 
+/** One count for all that wait; the caller runs one at a time for a group. */
+async function admitBatch(ctx: Ctx, group: string, works: Work[]): Promise<number[]> {
+  const admitted = ctx.state.admitted.get(group) ?? new Set<string>();
+  ctx.state.admitted.set(group, admitted);
+  // As they were before the look: what ends meanwhile may not be in it yet.
+  const before = [...admitted, ...(await inHandOf(ctx, group))];
+  return works.map((work) => {
+    const olds = new Set([...before, ...admitted]);
+    const isBegun = olds.delete(work.instance);
+    if (isBegun || olds.size < work.options.max_num_of_terminated_one_time) admitted.add(work.instance);
+    return isBegun ? 0 : olds.size;
+  });
+}
+
 /** Without a hard deadline: so many at a time in a group, counted from the cloud, and none that is young. */
 async function admit(ctx: Ctx, work: Work, old: Ec2Instance | undefined): Promise<Result> {
   // Preaction does not wait: the next look judges afresh, and messages that wait would pile up. After a crash a launch may not be visible yet.
   const later = (reason: string, seconds: number) =>
     isPreaction(work) && work.received === 1 ? skip(reason) : retry(reason, seconds);
   if (old && cloudNow(ctx) - old.launchedMs < YOUNG_MS) return later("younger than ten minutes", 120);
+  if (ctx.state.admitted.get(work.group)?.has(work.instance)) return done;
   const { max_num_of_terminated_one_time: limit } = work.options;
-  const admitted = ctx.state.admitted.get(work.group) ?? new Set<string>();
-  ctx.state.admitted.set(work.group, admitted);
-  if (admitted.has(work.instance)) return done;
-  const inHand = await lane(ctx, work.group).exclusive(async () => {
-    const olds = new Set([...admitted, ...(await inHandOf(ctx, work.group))]);
-    const isBegun = olds.delete(work.instance);
-    if (isBegun || olds.size < limit) admitted.add(work.instance);
-    return isBegun ? 0 : olds.size;
-  });
+  const inHand = await lane(ctx, work.group).admit(work);
   if (inHand >= limit) return later(`${inHand} of at most ${limit} in hand in ${work.group}`, 60);
   work.log.info(`${work.notice.kind} notice: replacing ${work.instance}, no hurry`, { type: old?.type, zone: old?.zone });
   return done;
@@ -2638,23 +2642,19 @@ async function planBatch(
 
 /** Which types the zones offer; asked only where a zone matters, and taken as all where AWS does not say. */
 async function offerings(ctx: Ctx, zones: string[]): Promise<(type: string, zone: string) => boolean> {
+  const input = {
+    LocationType: "availability-zone" as const,
+    Filters: [{ Name: "location", Values: zones }],
+    MaxResults: 1000,
+  };
   const read = async () => {
-    const found = new Set<string>();
-    let NextToken: string | undefined;
-    do {
-      const input = {
-        LocationType: "availability-zone" as const,
-        Filters: [{ Name: "location", Values: zones }],
-        MaxResults: 1000,
-        NextToken,
-      };
-      const page = await aws(ctx, "reading what the zones offer", (o) =>
-        ctx.deps.ec2.send(new DescribeInstanceTypeOfferingsCommand(input), o),
-      );
-      for (const { InstanceType, Location } of page.InstanceTypeOfferings ?? []) found.add(`${InstanceType} ${Location}`);
-      NextToken = page.NextToken;
-    } while (NextToken);
-    return found;
+    const pages = await allPages((NextToken) =>
+      aws(ctx, "reading what the zones offer", (o) =>
+        ctx.deps.ec2.send(new DescribeInstanceTypeOfferingsCommand({ ...input, NextToken }), o),
+      ),
+    );
+    const found = pages.flatMap((p) => p.InstanceTypeOfferings ?? []);
+    return new Set(found.map(({ InstanceType, Location }) => `${InstanceType} ${Location}`));
   };
   try {
     const found = await cached(ctx, `offerings ${zones.join()}`, read);
@@ -2969,9 +2969,10 @@ async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<ReturnT
   const known = ctx.state.left.get(old);
   if (known) return known;
   const [activities, instance] = await Promise.all([ctx.cloud.activities(`${group} ${old}`), ctx.cloud.instance(old)]);
-  const how = howItLeft(activities ?? [], old, instance?.tags[TAG.detached] === group);
-  if (activities?.some(isLeaving)) ctx.state.left.set(old, how); // that will never change
-  return how;
+  const told = howItLeft(activities ?? [], old, false);
+  if (told === "unknown" && instance?.tags[TAG.detached] === group) return "decremented";
+  if (told !== "unknown") ctx.state.left.set(old, told); // that will never change
+  return told;
 }
 
 /**
@@ -3739,15 +3740,7 @@ async function sweepVolumes(ctx: Ctx): Promise<void> {
     { Name: "tag-key", Values: [TAG.volume] },
     { Name: "status", Values: ["available"] },
   ];
-  const found: Volume[] = [];
-  let NextToken: string | undefined;
-  do {
-    const page = await aws(ctx, "looking for volumes that are left", (o) =>
-      ctx.deps.ec2.send(new DescribeVolumesCommand({ Filters, MaxResults: 500, NextToken }), o),
-    );
-    found.push(...(page.Volumes ?? []).flatMap((v) => toVolume(v) ?? []));
-    NextToken = page.NextToken;
-  } while (NextToken);
+  const found = await readVolumes(ctx, "looking for volumes that are left", Filters);
   const left = new Map(found.filter((v) => owners.includes(v.tags[TAG.group] ?? "")).map((v) => [v.id, v]));
   for (const id of state.leftMs.keys()) if (!left.has(id)) state.leftMs.delete(id);
   for (const volume of left.values()) {
@@ -4990,8 +4983,11 @@ async function actOnClaim(
     if (data) log.warn(`${data.id} stays available when ${claim.id} goes; to attach it: ${attachCommand(data.id, "INSTANCE")}`);
     const input = { InstanceId: claim.id, ShouldDecrementDesiredCapacity: true };
     const end = () =>
-      aws(ctx, `ending the surplus ${claim.id}`, (o) =>
-        ctx.deps.autoScaling.send(new TerminateInstanceInAutoScalingGroupCommand(input), o),
+      aws(
+        ctx,
+        `ending the surplus ${claim.id}`,
+        (o) => ctx.deps.autoScaling.send(new TerminateInstanceInAutoScalingGroupCommand(input), o),
+        { tries: 2 }, // attaches wait meanwhile, and the next pass looks anyway
       );
     try {
       await lane(ctx, name).exclusive(end);
@@ -5366,16 +5362,12 @@ async function typesFor(ctx: Ctx, group: Group, weight: number, alt: string[], l
 }
 
 async function readTypes(ctx: Ctx, input: GetInstanceTypesFromInstanceRequirementsCommandInput): Promise<string[]> {
-  const found: string[] = [];
-  let NextToken: string | undefined;
-  do {
-    const page = await aws(ctx, "reading which types meet the group's requirements", (o) =>
+  const pages = await allPages((NextToken) =>
+    aws(ctx, "reading which types meet the group's requirements", (o) =>
       ctx.deps.ec2.send(new GetInstanceTypesFromInstanceRequirementsCommand({ ...input, MaxResults: 1000, NextToken }), o),
-    );
-    found.push(...(page.InstanceTypes ?? []).flatMap(({ InstanceType }) => InstanceType ?? []));
-    NextToken = page.NextToken;
-  } while (NextToken);
-  return found;
+    ),
+  );
+  return pages.flatMap((p) => p.InstanceTypes ?? []).flatMap(({ InstanceType }) => InstanceType ?? []);
 }
 
 /** What was sought in vain is not sought again at once: for a fallback, or for all of a type and zone. */
@@ -5473,6 +5465,8 @@ async function warnings(ctx: Ctx, group: Group, options: GroupOptions, log: Log)
     log.warn(`the Launch process of ${name} is suspended: nothing can be attached until it is resumed`);
   if (group.healthCheck.type.includes("ELB") && !group.healthCheck.graceSeconds)
     log.warn(`${name} uses load-balancer health checks without a grace period: new members may be ended before they answer`);
+  const [id] = group.members.keys();
+  if (id) for (const arn of group.targetGroups) void ctx.cloud.isHealthy({ arn, id }).catch(() => undefined); // says by itself
   if (options.k8s_node_drain_option) void checkCluster(ctx, name, options, log);
   if (options.persistence_dev) await volumeWarnings(ctx, group, options.persistence_dev, log);
   const { LifecycleHooks = [] } = await aws(ctx, `reading the lifecycle hooks of ${name}`, (o) =>
@@ -5702,7 +5696,7 @@ export async function run(ctx: Ctx): Promise<void> {
   for (let waited = 0; ctx.state.inHand.size && waited < 80; waited++) await ctx.deps.sleep(100);
 }
 
-function realDeps(flags: Flags, log: Log): Deps {
+export function realDeps(flags: Flags, log: Log): Deps {
   const endpoint = process.env.AWS_ENDPOINT_URL;
   const credentials = flags.k && flags.p ? { accessKeyId: flags.k, secretAccessKey: flags.p } : undefined;
   const shared = {
@@ -5712,6 +5706,8 @@ function realDeps(flags: Flags, log: Log): Deps {
     ...(flags.t && endpoint ? { endpoint } : {}),
   };
   const clients = new Map<string, SQSClient>();
+  // The URL says which host is meant; beside one the SDK refuses what the environment says of these.
+  const ownHost = { useFipsEndpoint: false, useDualstackEndpoint: false };
   const ec2 = new EC2Client(shared);
   return {
     ec2,
@@ -5720,7 +5716,7 @@ function realDeps(flags: Flags, log: Log): Deps {
     s3: new S3Client({ ...shared, forcePathStyle: endpoint !== undefined }),
     sqs: (queueUrl) => {
       const { origin } = new URL(queueUrl);
-      const client = clients.get(origin) ?? new SQSClient({ ...shared, endpoint: origin });
+      const client = clients.get(origin) ?? new SQSClient({ ...shared, ...ownHost, endpoint: origin });
       clients.set(origin, client);
       return client;
     },

@@ -73,13 +73,18 @@ export function wildcard(pattern: string): (text: string) => boolean {
   return (text) => expression.test(text);
 }
 
-/** A page of `items`. The token is opaque to callers; a made-up one is refused through `invalid`. */
+/**
+ * A page of `items`, or `isEmpty`: none of them yet. The token is opaque to callers; a made-up one is refused through
+ * `invalid`.
+ */
 export function page<T>(
   items: T[],
   size: number,
   token: string | undefined,
   invalid: () => AwsError,
+  isEmpty = false,
 ): { items: T[]; next: string | undefined } {
+  if (isEmpty && token === undefined) return { items: [], next: "page-0" };
   let start = 0;
   if (token !== undefined) {
     const match = /^page-(\d+)$/.exec(token);
@@ -95,7 +100,7 @@ export function page<T>(
 
 const packages: Record<Service, object> = { ec2, autoscaling, elbv2, sqs, s3 };
 
-const Kind = { simple: 0, list: 1, map: 2, structure: 3, union: 4, operation: 9 } as const;
+const Kind = { simple: 0, list: 1, map: 2, structure: 3, union: 4, operation: 9, error: -3 } as const;
 
 type Fault =
   | { kind: "unknown"; path: string }
@@ -111,6 +116,16 @@ interface OperationSchema {
 export function operationSchema(service: Service, operation: string): OperationSchema | undefined {
   const found: unknown = Reflect.get(packages[service], `${operation}$`);
   return Array.isArray(found) && found[0] === Kind.operation ? { input: found[4], output: found[5] } : undefined;
+}
+
+/** The name under which the SDK throws an error: its shape's, which may not be the code on the wire (ResourceContentionFault). */
+export function exceptionName(service: Service, code: string): string {
+  for (const exported of Object.values<unknown>({ ...packages[service] })) {
+    if (!Array.isArray(exported) || exported[0] !== Kind.error) continue;
+    const onWire: unknown = Reflect.get(Object(exported[3]), "awsQueryError");
+    if (Array.isArray(onWire) && onWire[0] === code) return String(exported[2]);
+  }
+  return code;
 }
 
 /** A copy of `value` with undefined members left out; what the schema does not know is reported by `fault`. */

@@ -4,7 +4,8 @@ import type { EC2Client } from "@aws-sdk/client-ec2";
 import type { ElasticLoadBalancingV2Client } from "@aws-sdk/client-elastic-load-balancing-v2";
 import type { S3Client } from "@aws-sdk/client-s3";
 import type { SQSClient } from "@aws-sdk/client-sqs";
-import type { Service, World } from "./world.ts";
+import { exceptionName } from "./basics.ts";
+import { AwsError, type Service, type World } from "./world.ts";
 
 export interface Clients {
   ec2: Pick<EC2Client, "send">;
@@ -21,10 +22,15 @@ interface AnyCommand {
 
 /** A client of the world's `service`: `send(command, { abortSignal })`, typed as the SDK's own. */
 export function client<S extends Service>(world: World, service: S): Clients[S] {
-  const send = (command: AnyCommand, options?: { abortSignal?: AbortSignal }): Promise<object> =>
-    world.call(service, command.constructor.name.replace(/Command$/, ""), command.input, {
-      signal: options?.abortSignal,
-    });
+  const send = async (command: AnyCommand, options?: { abortSignal?: AbortSignal }): Promise<object> => {
+    const operation = command.constructor.name.replace(/Command$/, "");
+    try {
+      return await world.call(service, operation, command.input, { signal: options?.abortSignal });
+    } catch (error) {
+      if (error instanceof AwsError) error.name = exceptionName(service, error.name);
+      throw error;
+    }
+  };
   // One cast, here: the SDK's `send` is generic over some hundred commands, with callback overloads.
   return { send } as unknown as Clients[S];
 }

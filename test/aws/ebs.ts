@@ -679,7 +679,8 @@ export class Ebs {
     const candidates = ids.length > 0 ? this.#knownVolumes(ids, viewMs, "volumes") : [...this.volumes.values()];
     dryRun(input.DryRun);
     const found = candidates.filter((volume) => viewOf<VisibleVolume>(volume, viewMs) && matches(volume));
-    const { items, next } = page(found, size ?? 1000, input.NextToken, badToken);
+    const isEmpty = size !== undefined && this.#world.emptyFirstPages;
+    const { items, next } = page(found, size ?? 1000, input.NextToken, badToken, isEmpty);
     return { Volumes: items.map((volume) => this.#describe(volume, viewed(volume), true)), NextToken: next };
   }
 

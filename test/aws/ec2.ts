@@ -640,7 +640,8 @@ export class Ec2 {
     const candidates = ids.length > 0 ? this.known([...new Set(ids)], viewMs) : [...this.instances.values()];
     dryRun(input.DryRun);
     const found = candidates.filter((instance) => this.view(instance, viewMs) && matches(instance));
-    const { items, next } = page(found, size ?? 1000, input.NextToken, badToken);
+    const isEmpty = size !== undefined && this.#world.emptyFirstPages;
+    const { items, next } = page(found, size ?? 1000, input.NextToken, badToken, isEmpty);
     const reservations = Map.groupBy(items, (instance) => instance.reservationId);
     return {
       Reservations: [...reservations].map(([ReservationId, instances]) => ({

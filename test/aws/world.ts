@@ -219,6 +219,8 @@ export class World {
   checkOutputs: boolean;
   /** Request throttling, one set of buckets for the account. */
   buckets = false;
+  /** A describe that is asked for pages may begin with an empty one, with a token for the rest. */
+  emptyFirstPages = false;
   readonly bucketSizes: Record<BucketName, [number, number]> = structuredClone(BUCKETS);
   readonly #tokens = new Map<BucketName, { tokens: number; atMs: number }>();
   /** Faults on purpose; asked once for every call. */

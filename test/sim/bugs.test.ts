@@ -381,3 +381,55 @@ test("a replacement's notice that meets a daemon just started does not take our 
   const isProtected = [...(s.world.autoscaling.groups.get("web")?.members.values() ?? [])].map((m) => m.protected);
   expect(isProtected).toEqual([false, false, false]);
 });
+
+test("recommendations that wait for their turn do not hold up an interruption of their group", async () => {
+  const s = new Stage({ latencyMs: [400, 400] });
+  const [old = "", ...others] = s.group(
+    { name: "web", min: 300, max: 320, desired: 300 },
+    { is_to_handle_rebalance_event: true },
+  );
+  await s.start();
+  for (const id of others) s.world.rebalance(id);
+  await s.seconds(90);
+  s.world.interrupt(old);
+  await s.seconds(150);
+  expect(s.world.instance(old).state).not.toBe("running");
+  expect(s.least("web")).toBe(300);
+});
+
+test("a group that is busy when its maximum is to be raised is asked again at once", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 3, max: 3, desired: 3 }));
+  await s.start();
+  let times = 0;
+  s.world.intercept = ({ operation }) =>
+    operation === "UpdateAutoScalingGroup" && ++times <= 3
+      ? { before: new AwsError("ScalingActivityInProgress", "You already have a pending update.") }
+      : undefined;
+  s.world.interrupt(old);
+  await s.quiet(3600);
+  expect(s.lines.filter((line) => line.includes("the message comes again"))).toEqual([]);
+  s.check([old], { web: [3, 3, 3] });
+});
+
+test("notices that are switched off do not circle because their group is left out", async () => {
+  const s = new Stage();
+  s.group({ name: "fine", ...three });
+  const members = s.group({ name: "web", ...three, launchConfiguration: true });
+  await s.start();
+  for (const id of members) s.world.rebalance(id);
+  await s.seconds(30);
+  expect(s.isQuiet()).toBe(true);
+  // An interruption waits for its group to be mended, as long as there is time.
+  s.world.interrupt(first(members), { withoutReclaim: true });
+  await s.seconds(30);
+  expect(s.isQuiet()).toBe(false);
+});
+
+test("short polls that find nothing are no hot loop", async () => {
+  const s = new Stage();
+  s.group({ name: "web", ...three });
+  await s.start({ config: s.config({ wait_time_seconds: 0 }) });
+  await s.seconds(60);
+  expect(s.world.calls["sqs:ReceiveMessage"]).toBeLessThan(3 * 65);
+});

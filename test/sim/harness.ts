@@ -29,6 +29,9 @@ export type DaemonOptions = {
   onAwait?: (input?: object) => void;
 };
 
+/** What a configuration says beside its groups; all but the interval for each of the three queues. */
+type ConfigOptions = { preaction_snapshot_interval_minutes?: number; wait_time_seconds?: number };
+
 export class Stage {
   readonly clock = new VirtualClock();
   readonly world: World;
@@ -66,19 +69,20 @@ export class Stage {
   }
 
   /** service_config.json. */
-  configText(queueOptions: object = {}): string {
+  configText({ preaction_snapshot_interval_minutes, ...queueOptions }: ConfigOptions = {}): string {
     const queue = (queue_url: string) => ({ queue_url, ...queueOptions });
     return JSON.stringify({
       global: {
         interruption_evt_sqs: queue(this.queues.interruption),
         detach_evt_sqs: queue(this.queues.detach),
         termination_evt_sqs: queue(this.queues.termination),
+        preaction_snapshot_interval_minutes,
       },
       groups: this.groups,
     });
   }
-  config(queueOptions: object = {}): Config {
-    return this.#program.parseConfig(this.configText(queueOptions));
+  config(options: ConfigOptions = {}): Config {
+    return this.#program.parseConfig(this.configText(options));
   }
 
   /** Starts a daemon and waits until it has looked at its groups. */

@@ -85,6 +85,8 @@ const FEATURES = {
   consul: 0.25,
   /** The cluster and the agents are away, slow, busy, or fail. */
   outages: 0.5,
+  /** Describes whose first page is empty, with more behind it. */
+  emptyPages: 0.15,
 } as const;
 export type Feature = keyof typeof FEATURES;
 export const featureNames = Object.keys(FEATURES) as Feature[];
@@ -100,6 +102,7 @@ const LATER = new Set<Feature>([
   "pods",
   "consul",
   "outages",
+  "emptyPages",
 ]);
 /** What a quiet life may have: nothing of it takes anything away. */
 const GENTLE = new Set<Feature>([
@@ -459,6 +462,7 @@ class Life {
     const { world } = this.#stage;
     const has = (name: Feature) => this.#features.has(name);
     const random = streamOf(this.#seed, "faults");
+    world.emptyFirstPages = has("emptyPages");
     world.buckets = has("buckets");
     if (has("buckets"))
       for (const sizes of Object.values(world.bucketSizes)) sizes[0] = Math.ceil(sizes[0] / random.between([1, 8]));

@@ -105,7 +105,7 @@ export const MUTATIONS: Mutation[] = [
   {
     name: "preaction does not count what is in hand",
     edits: [
-      [/if \(isBegun \|\| olds\.size < limit\) admitted\.add\(work\.instance\);/, "admitted.add(work.instance);"],
+      [/if \(isBegun \|\| [^\n]*\) admitted\.add\(work\.instance\);/, "admitted.add(work.instance);"],
       [/return isBegun \? 0 : olds\.size;/, "return 0;"],
       [/const room = x\.limit - x\.inHand\.length;/, "const room = x.limit;"],
     ],

@@ -272,6 +272,35 @@ test("never healthy: detached 30 s before the deadline all the same, so that con
   expect(detach.detail).toContain("with decrement");
 });
 
+test.each([
+  ["is not allowed", { before: new AwsError("AccessDenied", "not authorized to perform DescribeTargetHealth", 403) }],
+  ["is not answered", { hang: true }],
+])("a read of target health that %s does not keep the old one beyond its time", async (_, fault) => {
+  const s = new Stage();
+  const old = only(s.group({ name: "web", ...three, targetGroups: ["tg"] }));
+  s.world.intercept = ({ operation }) => (operation === "DescribeTargetHealth" ? fault : undefined);
+  await s.start();
+  if ("before" in fault) expect(s.lines.join("")).toMatch(/WARN.*role.*target health/);
+  const startMs = s.clock.now();
+  s.world.interrupt(old);
+  await s.seconds(200);
+  const detach = only(s.world.audit.filter((a) => a.what === "detach"));
+  expect((detach.atMs - startMs) / 1000).toBeWithin(89, 99);
+  expect(detach.detail).toContain("with decrement");
+});
+
+test("a target group that is gone keeps nobody waiting", async () => {
+  const s = new Stage();
+  const old = only(s.group({ name: "web", ...three, targetGroups: ["tg"] }, { is_to_handle_rebalance_event: true }));
+  await s.start();
+  for (const arn of s.world.elbv2.groups.keys())
+    s.world.intercept = ({ operation }) =>
+      operation === "DescribeTargetHealth" ? { before: new AwsError("TargetGroupNotFound", `${arn} not found`) } : undefined;
+  s.world.rebalance(old);
+  await s.quiet();
+  s.check([old], { web: [3, 5, 3] });
+});
+
 test("a weighted group gets the old one's weight", async () => {
   const s = new Stage();
   const olds = s.group({

@@ -80,6 +80,18 @@ test("a replacement interrupted before its data has come: the data goes to the l
   }
 });
 
+test("a first page that is empty is not taken for all there is", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  s.world.emptyFirstPages = true;
+  await s.start();
+  s.world.interrupt(old);
+  await s.quiet();
+  s.check([old], { db: [3, 5, 3] });
+  expect(ownerOf(s, data)).toBe(`${claimOf(s, old)} /dev/sdz`);
+});
+
 test("the whole group at once: no volume is mixed up", async () => {
   const s = new Stage();
   const olds = s.group(fleet({ min: 6, max: 6, desired: 6 }), options);

@@ -134,6 +134,20 @@ describe("what is refused", () => {
     expect(fault).toMatch(/\bline 1[67]\b/);
   });
 
+  test("a key that stands twice in one object is named, for JSON keeps the last one in silence", () => {
+    const text = JSON.stringify(configOf({ web: { alt1: "c5.large" }, other: {} })).replace('"other"', '"web"');
+    const [, fault, ...more] = faultsOf(text);
+    expect(more).toEqual([]);
+    expect(fault).toMatch(/groups\.web .*twice/);
+  });
+
+  test.each(["detach_evt_sqs", "termination_evt_sqs"])("the snapshot interval is no key of %s, where nobody reads it", (name) => {
+    const [, fault] = faultsOf(
+      JSON.stringify(configOf({ web: {} }, { global: queue(name, { preaction_snapshot_interval_minutes: 5 }) })),
+    );
+    expect(fault).toContain(`${name}.preaction_snapshot_interval_minutes`);
+  });
+
   test.each([
     ["log_level", "loud", /debug, info, warn, error/],
     ["listen", "9090", /HOST:PORT/],

@@ -165,6 +165,18 @@ describe("how an instance left its group", () => {
     expect(howItLeft([old, now], id, false)).toBe("decremented");
   });
 
+  test.each([
+    ["out of Standby", activity("Moving EC2 instance out of Standby", "moved out", "x")],
+    ["attached again", activity("Attaching an existing", `${at} an instance was attached in response to user request.`)],
+    ["launched", activity("Launching a new", `${at} an instance was started.`)],
+  ])("one that is back (%s) has not left by what came before", (_, back) => {
+    const now = back.Description.includes("Standby")
+      ? { ...back, Description: `Moving EC2 instance out of Standby: ${id}` }
+      : back;
+    const old = activity("Detaching", `${at} instance ${id} was detached, ${shrinking}.`);
+    expect(howItLeft([now, old], id, false)).toBe("unknown");
+  });
+
   test("a description may say more behind the ID", () => {
     const { Cause } = activity("Terminating", `${at} an instance was taken out of service, ${shrinking}.`);
     const Description = `Terminating EC2 instance: ${id} - Waiting For ELB Connection Draining`;

@@ -15,6 +15,7 @@ describe("an error's name", () => {
     ["AWS's name before a code", aws("ValidationError", "m", { code: "X" }), "ValidationError"],
     ["an error without a name of its own", new Error("m"), "Error"],
     ["an error whose cause is no error", new Error("m", { cause: "x" }), "Error"],
+    ["a fault of the SDK's, which adds that word", aws("ScalingActivityInProgressFault"), "ScalingActivityInProgress"],
     ["a subclass", new TypeError("m"), "TypeError"],
     ["no error at all", "boom", "boom"],
     ["nothing", undefined, "undefined"],

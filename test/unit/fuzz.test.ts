@@ -569,9 +569,9 @@ describe("AWS's answers", () => {
     } as never);
     fc.assert(
       fc.property(fc.array(activity), fc.boolean(), (activities, tagged) => {
-        const told = activities.find(
-          (a) => a.Cause !== undefined && /^(Detaching|Terminating) EC2 instance: i-0b662ef9931388ba0$/.test(a.Description ?? ""),
-        );
+        // The newest one that names it and has a cause; what is no departure has brought it back.
+        const newest = activities.find((a) => a.Cause !== undefined && `${a.Description} `.includes(`${old} `));
+        const told = newest && /^(Detaching|Terminating) EC2 instance: /.test(newest.Description ?? "") ? newest : undefined;
         const expected = told
           ? told.Cause?.includes("shrinking")
             ? "decremented"

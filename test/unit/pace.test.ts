@@ -99,6 +99,19 @@ describe("the pace of a request bucket", () => {
     expect(order).toEqual(["detach gave up", "attach"]);
   });
 
+  test("a clock that is set back takes no turns away", async () => {
+    const clock = new VirtualClock();
+    let aheadMs = 600_000;
+    const deps = { now: () => clock.now() + aheadMs, sleep: (ms: number, signal?: AbortSignal) => clock.sleep(ms, signal) };
+    const pace = makePace(deps, new AbortController().signal, { burst: 20, perSecond: 20 });
+    await pace.take(0);
+    aheadMs = 0;
+    let turns = 0;
+    for (let n = 0; n < 20; n++) void pace.take(0).then(() => turns++);
+    await clock.advance(1_000);
+    expect(turns).toBe(20);
+  });
+
   test("who waits is told when the program stops", async () => {
     const { clock, stop, pace } = stage({ burst: 1, perSecond: 0.001 });
     await pace.take(0);
