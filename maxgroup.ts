@@ -48,6 +48,7 @@ import {
   DescribeSnapshotsCommand,
   DescribeSubnetsCommand,
   DescribeVolumesCommand,
+  type Snapshot as EbsSnapshot,
   EC2Client,
   type Volume as Ec2Volume,
   type Filter,
@@ -1223,6 +1224,19 @@ function makeCloud(ctx: Ctx) {
     volumesOf: reader<Volume[]>(ctx, { limit: 100, parallel: 4 }, async (owners) => {
       const Filters = [{ Name: `tag:${TAG.volume}`, Values: owners }];
       return Map.groupBy(await readVolumes(ctx, "reading volumes", Filters), (v) => v.tags[TAG.volume] ?? "");
+    }),
+    /** Every snapshot of this volume that we made. */
+    snapshotsOf: reader<EbsSnapshot[]>(ctx, { limit: 100, parallel: 4 }, async (volumes) => {
+      const Filters = [{ Name: `tag:${TAG.volume}`, Values: volumes }];
+      const pages = await allPages((NextToken) =>
+        aws(ctx, "reading snapshots", (o) =>
+          deps.ec2.send(new DescribeSnapshotsCommand({ OwnerIds: ["self"], Filters, MaxResults: 500, NextToken }), o),
+        ),
+      );
+      return Map.groupBy(
+        pages.flatMap((p) => p.Snapshots ?? []),
+        (snapshot) => tagsOf(snapshot.Tags)[TAG.volume] ?? "",
+      );
     }),
     member: reader<Member>(ctx, { limit: 50, parallel: 4 }, async (ids) => {
       const { AutoScalingInstances = [] } = await aws(ctx, "finding groups", (o) =>
@@ -3469,6 +3483,8 @@ async function terminate(ctx: Ctx, work: Work): Promise<Result> {
 // ever deleted.
 
 const DATA_DEVICE = "/dev/sdz";
+/** A copy is attached so long after it was made: another daemon that has not seen it, and attaches the original, has done so by then. */
+const COPY_REST_MS = 20_000;
 const VOLUME_PATIENCE_MS = 10 * 60_000;
 
 export type Volume = {
@@ -3476,6 +3492,7 @@ export type Volume = {
   state: string;
   zone: string;
   attachedTo: string | undefined;
+  createdMs: number;
   tags: Record<string, string>;
   /** What a copy in another zone must have, too. */
   like: {
@@ -3497,6 +3514,7 @@ export function toVolume(v: Ec2Volume): Volume | undefined {
     state: v.State ?? "",
     zone: v.AvailabilityZone ?? "",
     attachedTo: v.Attachments?.find((a) => a.State !== "detached")?.InstanceId,
+    createdMs: v.CreateTime?.getTime() ?? 0,
     tags: tagsOf(v.Tags),
     like: {
       VolumeType,
@@ -3633,80 +3651,99 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
   if (!/^(InService|Standby)$/.test(member.lifecycleState))
     return retry(`${source.id} waits for ${target.id}, which is ${member.lifecycleState}`, 10);
   const there = target.volumes[DATA_DEVICE];
+  const [data, ...before] = there || source.state === "available" ? await trailOf(ctx, source) : [source];
   if (there) {
     // The volume itself, or the copy that was made for this one; another disk there is none of ours.
-    const isData = there.id === source.id || (await ctx.cloud.volumesOf(target.id))?.some((v) => v.id === there.id);
-    if (isData) return own(ctx, work, target, there.id, source);
+    const isData = there.id === data.id || (await ctx.cloud.volumesOf(target.id))?.some((v) => v.id === there.id);
+    if (isData) return own(ctx, work, target, there.id, [data, ...before]);
     log.error(
-      `${DATA_DEVICE} of ${target.id} is taken by ${there.id}: ${source.id} stays available; free the device, then ${attachCommand(source.id, target.id)}`,
+      `${DATA_DEVICE} of ${target.id} is taken by ${there.id}: ${data.id} stays available; free the device, then ${attachCommand(data.id, target.id)}`,
     );
     return done;
   }
-  if (source.attachedTo === target.id) return retry(`${source.id} is being attached`, 2);
-  if (source.state !== "available") {
+  if (data.attachedTo === target.id) return retry(`${data.id} is being attached`, 2);
+  if (data.state !== "available") {
     // A volume that stays busy may be mounted still: forcing it off would risk the data.
     if (!isPatient)
-      log.warn(
-        `${source.id} is still ${source.state}${source.attachedTo ? ` at ${source.attachedTo}` : ""}: waiting on, never forced`,
-      );
-    return retry(`${source.id} is ${source.state}`, isFresh(ctx, work, 120_000) ? 3 : isPatient ? 15 : 60);
+      log.warn(`${data.id} is still ${data.state}${data.attachedTo ? ` at ${data.attachedTo}` : ""}: waiting on, never forced`);
+    return retry(`${data.id} is ${data.state}`, isFresh(ctx, work, 120_000) ? 3 : isPatient ? 15 : 60);
   }
-  const volume = source.zone === target.zone ? source : await copyTo(ctx, work, source, target);
-  if ("is" in volume) return volume;
-  if (volume.state !== "available") return retry(`${volume.id} is ${volume.state}`, 3);
-  const input = { VolumeId: volume.id, InstanceId: target.id, Device: DATA_DEVICE };
+  if (data.zone !== target.zone) return copyTo(ctx, work, data, target);
+  if (data !== source && cloudNow(ctx) - data.createdMs < COPY_REST_MS) return retry(`${data.id} is a new copy`, 5);
+  const input = { VolumeId: data.id, InstanceId: target.id, Device: DATA_DEVICE };
   try {
     // Not idempotent: what a lost answer did is seen in the next look at both.
-    await aws(ctx, `attaching ${volume.id} to ${target.id}`, (o) => ctx.deps.ec2.send(new AttachVolumeCommand(input), o), {
+    await aws(ctx, `attaching ${data.id} to ${target.id}`, (o) => ctx.deps.ec2.send(new AttachVolumeCommand(input), o), {
       tries: 1,
     });
   } catch (error) {
     if (error instanceof Stopped) throw error;
     if (!isPatient)
-      log.error(`${errorText(error)}; trying on. By hand: ${attachCommand(volume.id, target.id)}`, { error: errorName(error) });
+      log.error(`${errorText(error)}; trying on. By hand: ${attachCommand(data.id, target.id)}`, { error: errorName(error) });
     return retry(errorText(error), isPatient ? 3 : 60);
   }
-  log.info(`attached ${volume.id} to ${target.id} as ${DATA_DEVICE}`, { replacement: target.id });
-  return own(ctx, work, target, volume.id, source);
+  log.info(`attached ${data.id} to ${target.id} as ${DATA_DEVICE}`, { replacement: target.id });
+  return own(ctx, work, target, data.id, before);
+}
+
+/** A snapshot says at whose end it was made: one of an earlier end is older than the data. */
+const snapshotText = (volume: Volume) => `max_group: ${volume.tags[TAG.group]}, from ${volume.tags[TAG.volume]}`;
+
+/** The snapshot of a volume at its present owner's end: of several the first, so that all who ask use the same one. */
+async function endSnapshotOf(ctx: Ctx, volume: Volume): Promise<EbsSnapshot | undefined> {
+  const all = ((await ctx.cloud.snapshotsOf(volume.id)) ?? []).filter((s) => s.Description === snapshotText(volume));
+  const age = (s: EbsSnapshot) => s.StartTime?.getTime() ?? 0;
+  return all.filter((s) => s.State !== "error").sort((a, b) => age(a) - age(b))[0];
+}
+
+async function copiesFrom(ctx: Ctx, snapshot: EbsSnapshot | undefined): Promise<Volume[]> {
+  if (snapshot?.State !== "completed" || !snapshot.SnapshotId) return [];
+  const Filters = [{ Name: "snapshot-id", Values: [snapshot.SnapshotId] }];
+  return (await readVolumes(ctx, `looking for copies from ${snapshot.SnapshotId}`, Filters)).filter((v) => TAG.volume in v.tags);
+}
+
+/**
+ * Where the data of a volume is now, and before that what it has gone on from. Once there is a copy the data goes on in
+ * that alone, whoever it was made for, for somebody may have written to it; unless the original was attached before.
+ */
+async function trailOf(ctx: Ctx, source: Volume): Promise<[Volume, ...Volume[]]> {
+  const trail: [Volume, ...Volume[]] = [source];
+  while (trail.length < 8) {
+    const copy = (await copiesFrom(ctx, await endSnapshotOf(ctx, trail[0]))).find((v) => v.state !== "error");
+    if (!copy) break;
+    if (trail[0].state !== "available") return [trail[0], ...trail.slice(1), copy];
+    trail.unshift(copy);
+  }
+  return trail;
 }
 
 /**
  * Writes down whose data a volume is, the instance's own tag first: its guest waits for that. What the data has gone on
  * from says so for good: a message that comes again later must not put what is older in the place of what is newer.
  */
-async function own(ctx: Ctx, work: Work, target: Ec2Instance, volume: string, source: Volume): Promise<Result> {
+async function own(ctx: Ctx, work: Work, target: Ec2Instance, volume: string, trail: Volume[]): Promise<Result> {
   await ctx.cloud.tag([target.id], { [TAG.volume]: volume });
   await ctx.cloud.tag([volume], { [TAG.group]: work.group, [TAG.volume]: target.id });
-  if (source.id !== volume) {
-    await ctx.cloud.tag([source.id], { [TAG.group]: work.group, [TAG.copied]: volume });
-    work.log.warn(copiedText(source.id, volume), { volume: source.id });
-  }
+  const others = trail.filter((v) => v.id !== volume && !(TAG.copied in v.tags)).map((v) => v.id);
+  await ctx.cloud.tag(others, { [TAG.group]: work.group, [TAG.copied]: volume });
+  for (const id of others) work.log.warn(copiedText(id, volume), { volume: id });
   return done;
 }
 const copiedText = (source: string, copy: string) =>
   `${source} stays available, and its data goes on in ${copy}: it costs money until you delete it`;
 
-/** The copy of a volume in the target's zone, by way of a snapshot; a Result while that is under way. */
-async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance): Promise<Volume | Result> {
-  const [copy] = (await ctx.cloud.volumesOf(target.id)) ?? [];
-  if (copy) return copy;
+/** One step on the way to a copy of a volume in the target's zone: a snapshot, its completion, a volume from it. */
+async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance): Promise<Result> {
   const mine = Object.entries(source.tags).flatMap(([Key, Value]) => (/^(aws|spotmax):/.test(Key) ? [] : [{ Key, Value }]));
   const tags = (owner: string) => [...mine, { Key: TAG.group, Value: work.group }, { Key: TAG.volume, Value: owner }];
-  const Filters = [{ Name: `tag:${TAG.volume}`, Values: [source.id] }];
-  const { Snapshots = [] } = await aws(ctx, `looking for a snapshot of ${source.id}`, (o) =>
-    ctx.deps.ec2.send(new DescribeSnapshotsCommand({ OwnerIds: ["self"], Filters }), o),
-  );
-  // One that was made at the end of an earlier owner is older than the data.
-  const Description = `max_group: ${work.group}, from ${work.instance}`;
-  const [snapshot] = Snapshots.filter((s) => s.State !== "error" && s.Description === Description).sort(
-    (a, b) => (b.StartTime?.getTime() ?? 0) - (a.StartTime?.getTime() ?? 0),
-  );
+  const snapshot = await endSnapshotOf(ctx, source);
   if (!snapshot?.SnapshotId) {
     // Describes lag: a volume that shows as available may have been attached meanwhile, and be written to until the end.
-    const ended = await ctx.cloud.instance(work.instance);
-    if (ended && ended.state !== "terminated") return retry(`${work.instance} has not ended yet`, 3);
+    const owner = source.tags[TAG.volume] ?? "";
+    const ended = await ctx.cloud.instance(owner);
+    if (ended && ended.state !== "terminated") return retry(`${owner} has not ended yet`, 3);
     const TagSpecifications = [{ ResourceType: "snapshot" as const, Tags: tags(source.id) }];
-    const input = { VolumeId: source.id, Description, TagSpecifications };
+    const input = { VolumeId: source.id, Description: snapshotText(source), TagSpecifications };
     const made = await aws(ctx, `copying ${source.id}`, (o) => ctx.deps.ec2.send(new CreateSnapshotCommand(input), o), {
       tries: 1,
     });
@@ -3717,12 +3754,20 @@ async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance)
   }
   if (snapshot.State !== "completed")
     return retry(`snapshot ${snapshot.SnapshotId} is ${snapshot.Progress || snapshot.State}`, 15);
+  const copies = await copiesFrom(ctx, snapshot);
+  if (copies.some((v) => v.state !== "error")) return retry("a copy has just been made", 3);
   const TagSpecifications = [{ ResourceType: "volume" as const, Tags: tags(target.id) }];
   const input = { ...source.like, AvailabilityZone: target.zone, SnapshotId: snapshot.SnapshotId, TagSpecifications };
-  const ClientToken = tokenOf(input, target.id);
-  await aws(ctx, `making a volume from ${snapshot.SnapshotId}`, (o) =>
-    ctx.deps.ec2.send(new CreateVolumeCommand({ ...input, ClientToken }), o),
-  );
+  // One copy of a snapshot, whoever asks, and for whom: AWS refuses a second one under the token of the first.
+  const ClientToken = tokenOf({ SnapshotId: snapshot.SnapshotId }, `${copies.length}`);
+  try {
+    await aws(ctx, `making a volume from ${snapshot.SnapshotId}`, (o) =>
+      ctx.deps.ec2.send(new CreateVolumeCommand({ ...input, ClientToken }), o),
+    );
+  } catch (error) {
+    if (errorName(error) !== "IdempotentParameterMismatch") throw error;
+    return retry("a copy is being made already", 3);
+  }
   return retry("the copy is being made", 3);
 }
 

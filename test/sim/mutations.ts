@@ -143,7 +143,7 @@ export const MUTATIONS: Mutation[] = [
   {
     name: "a snapshot is made before the instance has ended",
     edits: [
-      [/if \(source\.state !== "available"\) \{/, 'if (source.state !== "available" && source.zone === target.zone) {'],
+      [/if \(data\.state !== "available"\) \{/, 'if (data.state !== "available" && data.zone === target.zone) {'],
       [/if \(ended && ended\.state !== "terminated"\)[^\n]*/, ""],
     ],
   },
@@ -157,7 +157,7 @@ export const MUTATIONS: Mutation[] = [
     name: "owners of data share a launch",
     edits: [[/const alone = options\.persistence_dev \? work\.instance : "";/, 'const alone = "";']],
   },
-  { name: "an original that was copied does not say so", edits: [[/await ctx\.cloud\.tag\(\[source\.id\], [^\n]*/, ""]] },
+  { name: "an original that was copied does not say so", edits: [[/await ctx\.cloud\.tag\(others, [^\n]*/, ""]] },
   {
     name: "any number is in hand without a deadline",
     edits: [[/if \(inHand >= limit\) return later/, "if (false) return later"]],

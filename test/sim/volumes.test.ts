@@ -425,6 +425,41 @@ test("after a copy has gone on, a message seen again does not bring the original
   expect([stateOf(s, data), s.world.ec2.ebs.volumes.get(data)?.tags.get("spotmax:copied")]).toEqual(["available", copy]);
 });
 
+test("once there is a copy the data goes on in that, though the original cannot say so yet", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), { ...options, is_enable_od_fallback: false }));
+  const data = volumeAt(s, old, DEVICE);
+  const { zone } = s.world.instance(old);
+  const only = (zones: (at: string) => boolean) => {
+    for (const at of ["us-east-1a", "us-east-1b", "us-east-1c"])
+      for (const pool of spotPools(s, at)) pool.capacity = zones(at) ? Number.POSITIVE_INFINITY : 0;
+  };
+  await s.start();
+  s.world.intercept = ({ operation, input }) =>
+    operation === "CreateTags" && JSON.stringify(input).includes("spotmax:copied")
+      ? { before: new AwsError("InternalError", "not now", 500) }
+      : undefined;
+  only((at) => at !== zone);
+  s.world.interrupt(old, { keepCapacity: true });
+  const second = await inService(s, old);
+  await s.until(() => s.world.ec2.ebs.attachedTo(second, "/dev/sdz").length > 0, 900);
+  const copy = volumeAt(s, second, "/dev/sdz");
+  s.world.ec2.write(copy, "what came later");
+  await s.seconds(200); // until no pool counts as failed a moment ago
+  // The next one is where the original is, which could be attached to it at once.
+  only((at) => at === zone);
+  s.world.interrupt(second, { keepCapacity: true });
+  const third = await inService(s, second);
+  await s.until(() => s.world.instance(second).state === "terminated", 600);
+  await s.seconds(60);
+  s.world.intercept = undefined;
+  await s.quiet(7200);
+  const last = volumeAt(s, third, "/dev/sdz");
+  expect(s.world.ec2.dataOf(last).writes).toContain("what came later");
+  expect(stateOf(s, data)).toBe("available");
+  expect([copy, last]).toContain(s.world.ec2.ebs.volumes.get(data)?.tags.get("spotmax:copied") ?? "none");
+});
+
 test("a snapshot of an earlier end is not taken for the data of a later one", async () => {
   const s = new Stage({ snapshotMs: [900_000, 900_000] });
   const old = first(s.group(fleet(), { ...options, is_enable_od_fallback: false }));
