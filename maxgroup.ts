@@ -628,6 +628,17 @@ async function aws<T>(
   }
 }
 
+/** What `run` comes to, or `otherwise` where it fails, which `say` hears of. Only a stop goes through. */
+async function orElse<T>(run: () => Promise<T>, otherwise: T, say: Log[Level]): Promise<T> {
+  try {
+    return await run();
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    say(errorText(error), { error: errorName(error) });
+    return otherwise;
+  }
+}
+
 // ─── Pacing ──────────────────────────────────────────────────────────────────────────────────────────────
 // AWS gives an account so many requests a second, for all who live in it, and says how many only by refusing. So
 // each of its buckets is free until it refuses: then it goes on at the pace of what was granted in the last second,
@@ -4774,7 +4785,17 @@ export async function managerPass(ctx: Ctx): Promise<boolean> {
   const unordered = shown.filter(
     (c) => c.tags[TAG.replaces]?.includes(" ") && !c.tags[TAG.order] && cloudNow(ctx) - c.launchedMs > 30_000,
   );
-  if (unordered.length) await writeOrders(ctx, unordered);
+  // What fails is tried again with the next pass, holds up nothing else, and is said once.
+  const part = async <T>(what: string, run: () => Promise<T>, otherwise: T) => {
+    let failed = false;
+    const answer = await orElse(run, otherwise, (text) => {
+      failed = true;
+      sayOnce(ctx, "warn", `manager ${what}`, `instance manager: ${text}; trying again`);
+    });
+    if (!failed) state.said.delete(`manager ${what}`);
+    return answer;
+  };
+  await part("orders", () => writeOrders(ctx, unordered), undefined);
   const seen = new Map(shown.map((c) => [c.id, c]));
   for (const [id, c] of state.claims) {
     const now = seen.get(id);
@@ -4786,21 +4807,25 @@ export async function managerPass(ctx: Ctx): Promise<boolean> {
     if (!isLiving(c)) state.claims.delete(c.id);
   }
   const open = [...state.claims.values()].filter((c) => !isSettled(c));
-  await settleClaims(ctx, open);
+  await part("claims", () => settleClaims(ctx, open), undefined);
   // Of groups that have left the configuration as well: what was raised is put back.
-  const names = new Set([...state.groups.keys(), ...shown.map((c) => c.tags[TAG.group] ?? "")].filter(Boolean));
-  const groups = (await Promise.all([...names].map((name) => ctx.cloud.group(name)))).flatMap((g) => g ?? []);
+  const names = new Set([...state.groups.keys(), ...shown.map((c) => c.tags[TAG.group] ?? "")]);
+  // One that is being deleted takes no change.
+  const groups = (await Promise.all([...names].map((name) => groupOf(ctx, name)))).flatMap((g) => (g && !g.status ? g : []));
   for (const name of state.restoring.keys()) if (!groups.some((g) => g.name === name)) state.restoring.delete(name);
   let raised = false;
   for (const g of groups) {
-    await release(ctx, g);
-    raised = (await restoreMaximum(ctx, g, open)) || raised;
+    await part(`protection ${g.name}`, () => release(ctx, g), undefined);
+    raised = (await part(`maximum ${g.name}`, () => restoreMaximum(ctx, g, open), true)) || raised;
   }
-  await sweepVolumes(ctx);
+  await part("volumes", () => sweepVolumes(ctx), undefined);
   void releaseNodes(ctx).catch((error: unknown) => ctx.deps.log.debug(errorText(error))); // a slow cluster holds up nothing here
   forget(ctx, open);
   return open.length > 0 || raised;
 }
+
+/** A claim's tag may say anything, and a name that AWS refuses fails the call for all groups in it. */
+const groupOf = async (ctx: Ctx, name: string) => (v.is(groupName, name) ? ctx.cloud.group(name) : undefined);
 
 function forget(ctx: Ctx, open: Ec2Instance[]): void {
   const alive = new Set(open.map((c) => c.id));
@@ -4852,11 +4877,11 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
   const nowMs = ctx.deps.now();
   // Nearly all are members of their own group, which shows them: one call for fifty groups.
   const membersOf = await Promise.all(
-    open.map(async (c) => (await ctx.cloud.group(c.tags[TAG.group] ?? ""))?.members.get(c.id) ?? ctx.cloud.member(c.id)),
+    open.map(async (c) => (await groupOf(ctx, c.tags[TAG.group] ?? ""))?.members.get(c.id) ?? ctx.cloud.member(c.id)),
   );
   const nameOf = (claim: Ec2Instance, n: number) => membersOf[n]?.group ?? claim.tags[TAG.group] ?? "";
   const groups = new Map(
-    await Promise.all([...new Set(open.map(nameOf))].map(async (name) => [name, await ctx.cloud.group(name)] as const)),
+    await Promise.all([...new Set(open.map(nameOf))].map(async (name) => [name, await groupOf(ctx, name)] as const)),
   );
   const fates = await Promise.all(
     open.map((claim, n) => {

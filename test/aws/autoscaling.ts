@@ -119,6 +119,10 @@ export class AutoScaling {
       const viewMs = this.#world.viewMs();
       const names = input.AutoScalingGroupNames;
       if (input.Filters) throw new Error("the simulator's DescribeAutoScalingGroups knows no filters");
+      if (names?.some((name) => name.length < 1 || name.length > 255))
+        throw refuse(
+          "1 validation error detected: Value at 'autoScalingGroupNames' failed to satisfy constraint: Member must satisfy constraint: [Member must have length less than or equal to 255, Member must have length greater than or equal to 1]",
+        );
       // Unknown names are silently absent.
       const found = [...this.groups.values()].filter((group) => !names?.length || names.includes(group.name));
       const { items, next } = page(found, maxRecords(input.MaxRecords, 50, 100), input.NextToken, badToken);

@@ -342,3 +342,52 @@ test("a replacement's notice that meets a daemon just started does not take our 
   const isProtected = [...(s.world.autoscaling.groups.get("web")?.members.values() ?? [])].map((m) => m.protected);
   expect(isProtected).toEqual([false, false, false]);
 });
+
+/** Two groups at their maximum, each of which has had one replaced: both maximums are raised and are to come down. */
+async function twoRaised(): Promise<{ s: Stage; raised: () => string[] }> {
+  const s = new Stage({ drainMs: 900_000 });
+  const full = { min: 1, max: 2, desired: 2 };
+  const api = first(s.group({ name: "api", ...full, targetGroups: ["tg"] }));
+  const web = first(s.group({ name: "web", ...full }, { detaching_delay_seconds: 80 }));
+  await s.start();
+  for (const old of [api, web]) s.world.interrupt(old);
+  const raised = () => [...s.world.autoscaling.groups.values()].filter((g) => g.max > 2).map((g) => g.name);
+  await s.until(() => raised().length === 2, 120);
+  return { s, raised };
+}
+
+test("a group that is being deleted does not keep the maximums of others raised", async () => {
+  const { s, raised } = await twoRaised();
+  await s.call("autoscaling", "DeleteAutoScalingGroup", { AutoScalingGroupName: "api", ForceDelete: true });
+  // Nothing says that a forced deletion takes the maximum along.
+  Object.assign(s.world.autoscaling.groups.get("api") ?? {}, { max: 4 });
+  await s.seconds(300);
+  expect([s.world.autoscaling.groups.get("api")?.status !== undefined, raised()]).toEqual([true, ["api"]]);
+  expect(s.lines.filter((line) => line.includes("putting the maximum of api back"))).toEqual([]);
+});
+
+test("a maximum that may not be put back does not keep those of others raised", async () => {
+  const { s, raised } = await twoRaised();
+  s.world.intercept = ({ operation, input }) =>
+    operation === "UpdateAutoScalingGroup" && (input as { AutoScalingGroupName: string }).AutoScalingGroupName === "api"
+      ? { before: new AwsError("AccessDenied", "not yours") }
+      : undefined;
+  await s.seconds(300);
+  expect(raised()).toEqual(["api"]);
+  expect(s.lines.filter((line) => line.includes("putting the maximum of api back")).length).toBe(1);
+  s.world.intercept = undefined;
+  await s.quiet();
+});
+
+test("a claim whose group no group can be called by holds up nobody", async () => {
+  for (const name of ["", "x".repeat(256)]) {
+    const s = new Stage();
+    const old = first(s.group({ name: "web", min: 3, max: 3, desired: 3 }));
+    const stray = s.world.createInstance({ tags: { "spotmax:replaces": "i-0123456789abcdef0", "spotmax:group": name } });
+    await s.start();
+    s.world.interrupt(old);
+    await s.quiet();
+    expect(sizes(s)).toEqual([3, 3, 3]);
+    expect(stray.state).not.toBe("running");
+  }
+});

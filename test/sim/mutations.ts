@@ -23,7 +23,7 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "the maximum is never put back",
-    edits: [[/\(await restoreMaximum\(([^()]*)\)\)/, "false"]],
+    edits: [[/\(await part\([^\n]*restoreMaximum\([^\n]*, true\)\)/, "false"]],
   },
   {
     name: "the maximum is put back without looking twice",
@@ -80,7 +80,7 @@ export const MUTATIONS: Mutation[] = [
     name: "the replacement stays protected from scale-in",
     edits: [
       [/lane\(ctx, name\)\.release\(c\.id\)/, "undefined"],
-      [/await release\(ctx, g\);/, ""],
+      [/await part\([^\n]* release\(ctx, g\)[^\n]*/, ""],
     ],
   },
   {
@@ -150,7 +150,7 @@ export const MUTATIONS: Mutation[] = [
     edits: [[/if \(!snapshot\?\.SnapshotId\) \{/, "if (true) {"]],
   },
   { name: "a copy loses the tags of its volume", edits: [[/=> \[\.\.\.mine, \{/, "=> [{"]] },
-  { name: "volumes that are left are not asked after", edits: [[/await sweepVolumes\(ctx\);/, ""]] },
+  { name: "volumes that are left are not asked after", edits: [[/await part\("volumes", [^\n]*/, ""]] },
   {
     name: "owners of data share a launch",
     edits: [[/const alone = options\.persistence_dev \? work\.instance : "";/, 'const alone = "";']],
