@@ -4875,36 +4875,29 @@ export function judgeClaim(x: {
 
 async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
   const nowMs = ctx.deps.now();
-  // Nearly all are members of their own group, which shows them: one call for fifty groups.
-  const membersOf = await Promise.all(
-    open.map(async (c) => (await groupOf(ctx, c.tags[TAG.group] ?? ""))?.members.get(c.id) ?? ctx.cloud.member(c.id)),
-  );
-  const nameOf = (claim: Ec2Instance, n: number) => membersOf[n]?.group ?? claim.tags[TAG.group] ?? "";
-  const groups = new Map(
-    await Promise.all([...new Set(open.map(nameOf))].map(async (name) => [name, await groupOf(ctx, name)] as const)),
-  );
-  const fates = await Promise.all(
-    open.map((claim, n) => {
-      const [old, group] = [replacedBy(claim), groups.get(nameOf(claim, n))];
-      return old && group ? fateOf(ctx, group, old) : "unknown";
+  const seen = await Promise.all(
+    open.map(async (claim) => {
+      // Nearly all are members of their own group, which shows them: one call for fifty groups.
+      const own = await groupOf(ctx, claim.tags[TAG.group] ?? "");
+      const member = own?.members.get(claim.id) ?? (await ctx.cloud.member(claim.id));
+      const name = member?.group ?? claim.tags[TAG.group] ?? "";
+      const group = own?.name === name ? own : await groupOf(ctx, name);
+      const old = replacedBy(claim);
+      return { claim, member, name, group, old, fate: old && group ? await fateOf(ctx, group, old) : ("unknown" as const) };
     }),
   );
   const rivals = Map.groupBy(ctx.state.claims.values(), (c) => replacedBy(c) ?? c.id);
   const ended = new Map<string, number>(); // so many surplus ones of a group
-  for (const [n, claim] of open.entries()) {
-    const member = membersOf[n];
-    const old = replacedBy(claim);
+  for (const { claim, member, name, group, old, fate } of seen) {
     if (!member && !ctx.state.outsideSince.has(claim.id)) ctx.state.outsideSince.set(claim.id, nowMs);
     if (member) ctx.state.outsideSince.delete(claim.id);
-    const name = nameOf(claim, n);
-    const group = groups.get(name);
     const best = old ? winner(rivals.get(old) ?? []) : undefined;
     const stays = old !== undefined && isStaying(group?.members.get(old));
     const inService = group ? [...group.members.values()].filter((m) => m.lifecycleState === "InService") : [];
     if (stays) ctx.state.left.delete(old); // attached once more
     const watch = `${claim.id} ${stays}`;
     if (!ctx.state.actedMs.has(watch)) ctx.state.actedMs.set(watch, nowMs);
-    const options = ctx.state.groups.get(name)?.options ?? v.parse(groupSchema, {});
+    const options = ctx.state.groups.get(name)?.options;
     const what = judgeClaim({
       isWinner: best?.id === claim.id,
       winnerInService: best !== undefined && group?.members.get(best.id)?.lifecycleState === "InService",
@@ -4912,26 +4905,31 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       isLetGo: TAG.detached in claim.tags,
       outsideMs: nowMs - (ctx.state.outsideSince.get(claim.id) ?? nowMs),
       ageMs: cloudNow(ctx) - claim.launchedMs,
-      old: fates[n] ?? "unknown",
+      old: fate,
       watchedMs: nowMs - (ctx.state.actedMs.get(watch) ?? nowMs),
       membersInService: inService.reduce((sum, m) => sum + m.weight, 0),
       desired: group?.desired ?? 0,
-      patienceMs:
-        1000 *
-        (options.detaching_delay_seconds +
-          options.preaction_detach_delay_seconds +
-          (options.k8s_node_drain_option ? options.k8s_node_drain_grace_second : 0)),
+      patienceMs: options ? patienceMsOf(options) : Number.POSITIVE_INFINITY,
     });
     if (what === "leave") continue;
-    const log = ctx.deps.log.with({ group: name, instance: old, replacement: claim.id });
-    try {
-      await actOnClaim(ctx, what, claim, old ?? "", name, options, ended, log);
-    } catch (error) {
-      if (error instanceof Stopped) throw error;
-      log.error(`instance manager: ${errorText(error)}`, { error: errorName(error) });
+    if (what === "end member") {
+      const count = (ended.get(name) ?? 0) + 1;
+      if (count > MAX_ENDED) continue;
+      ended.set(name, count);
     }
+    const log = ctx.deps.log.with({ group: name, instance: old, replacement: claim.id });
+    const act = () => actOnClaim(ctx, what, { claim, old: old ?? "", name, log });
+    await orElse(act, undefined, (text, fields) => log.error(`instance manager: ${text}`, fields));
   }
 }
+
+/**
+ * How long the way out may take by itself. Of a group that is not in this configuration nobody here knows: another
+ * installation's daemons may look after it, and what was begun under earlier options has them in its message.
+ */
+const patienceMsOf = (o: GroupOptions) =>
+  1000 *
+  (o.detaching_delay_seconds + o.preaction_detach_delay_seconds + (o.k8s_node_drain_option ? o.k8s_node_drain_grace_second : 0));
 
 /**
  * Surplus members of a group that go in one pass: each takes one from desired and from what is in service, so the
@@ -4942,53 +4940,49 @@ const MAX_ENDED = 10;
 async function actOnClaim(
   ctx: Ctx,
   what: "settle" | "end outside" | "end member" | "remind",
-  claim: Ec2Instance,
-  old: string,
-  name: string,
-  options: GroupOptions,
-  ended: Map<string, number>,
-  log: Log,
+  on: { claim: Ec2Instance; old: string; name: string; log: Log },
 ): Promise<void> {
-  if (what === "settle") {
-    const keepProtected = (await ctx.cloud.group(name))?.protectsNew ?? false;
-    await settle(ctx, name, [{ id: claim.id, keepProtected }]);
-    log.info(`settled ${claim.id}: ${old} has left ${name}`);
-  } else if (what === "remind") {
-    const last = Math.max(ctx.state.actedMs.get(`${claim.id} reminded`) ?? 0, ctx.state.detachSeenMs.get(old) ?? 0);
-    if (ctx.deps.now() - last < LEAK_MS) return; // it is on its way
-    ctx.state.actedMs.set(`${claim.id} reminded`, ctx.deps.now());
-    const oldProtected = (await ctx.cloud.group(name))?.members.get(old)?.isProtected ?? false;
-    const notice = { type: DETACH, kind: "rebalance" as const, id: claim.id, instances: [old] };
-    await sendOwn(ctx, "detach_evt_sqs", notice, { group: name, options, oldProtected });
-    log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
-  } else if (what === "end outside") {
-    if (await ctx.cloud.member(claim.id)) return; // the second read
-    await ctx.cloud.terminate([claim.id]);
-    ctx.state.claims.delete(claim.id);
-    log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
-  } else if ((ended.get(name) ?? 0) < MAX_ENDED) {
-    ended.set(name, (ended.get(name) ?? 0) + 1);
-    const shown = await ctx.cloud.instance(claim.id);
-    if (shown && isSettled(shown)) return; // another daemon has, a moment ago
-    const data = claim.volumes[DATA_DEVICE];
-    if (data?.ends)
-      return log.error(`${claim.id} is one too many, but ${data.id} at ${DATA_DEVICE} would go with it: left alone`);
-    if (data) log.warn(`${data.id} stays available when ${claim.id} goes; to attach it: ${attachCommand(data.id, "INSTANCE")}`);
-    const input = { InstanceId: claim.id, ShouldDecrementDesiredCapacity: true };
-    const end = () =>
-      aws(ctx, `ending the surplus ${claim.id}`, (o) =>
-        ctx.deps.autoScaling.send(new TerminateInstanceInAutoScalingGroupCommand(input), o),
-      );
-    try {
-      await lane(ctx, name).exclusive(end);
-    } catch (error) {
-      if (!OVER_LIMIT.test(errorText(error))) throw error;
-      // The minimum has been raised meanwhile: its owner wants as many as there are.
-      return actOnClaim(ctx, "settle", claim, old, name, options, ended, log);
+  const { claim, old, name, log } = on;
+  switch (what) {
+    case "settle": {
+      const keepProtected = (await ctx.cloud.group(name))?.protectsNew ?? false;
+      await settle(ctx, name, [{ id: claim.id, keepProtected }]);
+      return log.info(`settled ${claim.id}: ${old} has left ${name}`);
     }
-    ctx.state.claims.delete(claim.id);
-    log.info(`ended ${claim.id} in ${name}: it was one too many`);
+    case "remind": {
+      const last = Math.max(ctx.state.actedMs.get(`${claim.id} reminded`) ?? 0, ctx.state.detachSeenMs.get(old) ?? 0);
+      if (ctx.deps.now() - last < LEAK_MS) return; // it is on its way
+      ctx.state.actedMs.set(`${claim.id} reminded`, ctx.deps.now());
+      const oldProtected = (await ctx.cloud.group(name))?.members.get(old)?.isProtected ?? false;
+      const notice = { type: DETACH, kind: "rebalance" as const, id: claim.id, instances: [old] };
+      await sendOwn(ctx, "detach_evt_sqs", notice, { group: name, oldProtected });
+      return log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
+    }
+    case "end outside":
+      if (await ctx.cloud.member(claim.id)) return; // the second read
+      await ctx.cloud.terminate([claim.id]);
+      ctx.state.claims.delete(claim.id);
+      return log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
   }
+  const shown = await ctx.cloud.instance(claim.id);
+  if (shown && isSettled(shown)) return; // another daemon has, a moment ago
+  const data = claim.volumes[DATA_DEVICE];
+  if (data?.ends) return log.error(`${claim.id} is one too many, but ${data.id} at ${DATA_DEVICE} would go with it: left alone`);
+  if (data) log.warn(`${data.id} stays available when ${claim.id} goes; to attach it: ${attachCommand(data.id, "INSTANCE")}`);
+  const input = { InstanceId: claim.id, ShouldDecrementDesiredCapacity: true };
+  const end = () =>
+    aws(ctx, `ending the surplus ${claim.id}`, (o) =>
+      ctx.deps.autoScaling.send(new TerminateInstanceInAutoScalingGroupCommand(input), o),
+    );
+  try {
+    await lane(ctx, name).exclusive(end);
+  } catch (error) {
+    if (!OVER_LIMIT.test(errorText(error))) throw error;
+    // The minimum has been raised meanwhile: its owner wants as many as there are.
+    return actOnClaim(ctx, "settle", on);
+  }
+  ctx.state.claims.delete(claim.id);
+  log.info(`ended ${claim.id} in ${name}: it was one too many`);
 }
 
 /** Puts a maximum that we raised back, once nothing needs it; true while that is to come. */

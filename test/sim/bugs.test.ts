@@ -391,3 +391,42 @@ test("a claim whose group no group can be called by holds up nobody", async () =
     expect(stray.state).not.toBe("running");
   }
 });
+
+test("the way out keeps its delay when the group leaves the configuration meanwhile", async () => {
+  const s = new Stage();
+  const old = first(
+    s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 3_600 }),
+  );
+  s.group({ name: "api", ...three });
+  const daemon = await s.start();
+  s.world.rebalance(old);
+  await inService(s);
+  delete s.groups.web;
+  daemon.ctx.state.config = s.config();
+  void maxgroup.checkGroups(daemon.ctx);
+  await s.seconds(3_000);
+  expect(s.world.instance(old).group).toBe("web");
+  await s.quiet(3_600);
+  s.check([old], { web: [3, 5, 3] });
+});
+
+test("of two installations in one region neither hurries the other's replacements", async () => {
+  const s = new Stage();
+  s.group({ name: "api", ...three });
+  const others = s.config();
+  const queues = s.world.createQueues("others-");
+  others.global.interruption_evt_sqs.queue_url = queues.interruption;
+  others.global.detach_evt_sqs.queue_url = queues.detach;
+  others.global.termination_evt_sqs.queue_url = queues.termination;
+  s.groups = {};
+  const old = first(
+    s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 3_600 }),
+  );
+  await s.start();
+  await s.start({ config: others });
+  s.world.rebalance(old);
+  await s.seconds(3_000);
+  expect(s.world.instance(old).group).toBe("web");
+  await s.quiet(3_600);
+  s.check([old], { web: [3, 5, 3] });
+});
