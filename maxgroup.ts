@@ -4280,9 +4280,8 @@ async function cordon(ctx: Ctx, work: Work): Promise<Result> {
   return done;
 }
 
-/** When nobody waits any longer for the replacement's node, and for the cluster itself, ms since 1970. */
-const patienceEndsMs = (ctx: Ctx, work: Work) =>
-  (work.notice.timeMs ?? cloudNow(ctx)) + work.options.preaction_detach_delay_seconds * 1000 + NODE_PATIENCE_MS;
+/** When nobody waits any longer for the replacement's node, and for the cluster itself, ms since 1970: a message's time is when it was due. */
+const patienceEndsMs = (ctx: Ctx, work: Work) => (work.notice.timeMs ?? cloudNow(ctx)) + NODE_PATIENCE_MS;
 
 /**
  * Until the pods have somewhere to go, or time runs short. What the target groups think of the new one does not matter
