@@ -230,7 +230,8 @@ function closed<E extends v.ObjectEntries>(entries: E, also?: { key: RegExp; val
 
 const intervalMinutes = wholeNumber(0, 60 * 24 * 7);
 const queue = closed({
-  queue_url: text("the queue's URL, as `aws sqs get-queue-url` prints it", /^https?:\/\/[^/]+\/.+/),
+  // A FIFO queue delays no single message.
+  queue_url: text("a standard queue's URL, as `aws sqs get-queue-url` prints it", /^https?:\/\/[^/]+\/.+(?<!\.fifo)$/),
   visibility_timeout_seconds: v.optional(wholeNumber(10, 43_200), 61),
   max_number_of_messages: v.optional(wholeNumber(1, 10), 10),
   wait_time_seconds: v.optional(wholeNumber(0, 20), 20),
