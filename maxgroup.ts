@@ -5607,13 +5607,11 @@ async function readFile(ctx: Pick<Ctx, "deps" | "signal">, flags: Flags, name: s
   }
   const where = `s3://${flags.b}/${name}`;
   try {
-    const { Body } = await aws(
-      ctx as Ctx,
-      `reading ${where}`,
-      (o) => ctx.deps.s3.send(new GetObjectCommand({ Bucket: flags.b, Key: name }), o),
-      { tries: 3 },
-    );
-    return (await Body?.transformToString()) ?? "";
+    const read = async (o: { abortSignal: AbortSignal }) => {
+      const { Body } = await ctx.deps.s3.send(new GetObjectCommand({ Bucket: flags.b, Key: name }), o);
+      return (await Body?.transformToString()) ?? "";
+    };
+    return await aws(ctx as Ctx, `reading ${where}`, read, { tries: 3 });
   } catch (cause) {
     const elsewhere = `the bucket is in another region than ${flags.r}; pass its region with -r, or use a bucket of this region`;
     throw new ConfigError(

@@ -430,3 +430,17 @@ test("of two installations in one region neither hurries the other's replacement
   await s.quiet(3_600);
   s.check([old], { web: [3, 5, 3] });
 });
+
+test("a configuration whose text never comes does not hold up the refresh for ever", async () => {
+  const s = new Stage();
+  s.group({ name: "web", ...three });
+  const { ctx } = await s.start();
+  const transformToString = () => new Promise(() => undefined);
+  ctx.deps.s3.send = (async () => ({ Body: { transformToString } })) as unknown as typeof ctx.deps.s3.send;
+  let isOver = false;
+  void maxgroup.refresh(ctx, { b: "bucket", t: false, v: false }).then(() => {
+    isOver = true;
+  });
+  await s.until(() => isOver, 120);
+  expect(s.lines.at(-1)).toContain("the last good one stays");
+});
