@@ -72,6 +72,7 @@ import {
   SendMessageBatchCommand,
   SQSClient,
 } from "@aws-sdk/client-sqs";
+import { partition } from "@aws-sdk/core/client";
 import type { KubeConfig } from "@kubernetes/client-node";
 import { Hash } from "@smithy/core/serde";
 import { SignatureV4 } from "@smithy/signature-v4";
@@ -3915,7 +3916,7 @@ async function stsUrl(
   headers: Record<string, string>,
   credentials: Credentials,
 ): Promise<string> {
-  const hostname = `sts.${region}.amazonaws.com${region.startsWith("cn-") ? ".cn" : ""}`;
+  const hostname = `sts.${region}.${partition(region).dnsSuffix}`;
   const signer = new SignatureV4({ service: "sts", region, credentials, sha256: Hash.bind(null, "sha256") });
   const { query: signed = {} } = await signer.presign(
     {
