@@ -976,6 +976,8 @@ export type Group = {
   capacityRebalance: boolean;
   protectsNew: boolean;
   healthCheck: { type: string; graceSeconds: number };
+  /** It has a warm pool, of as many as the maximum is above desired. */
+  warmsToMax?: boolean;
 };
 
 /**
@@ -1078,6 +1080,7 @@ export function toGroup(g: AutoScalingGroup): Group | undefined {
     capacityRebalance: g.CapacityRebalance ?? false,
     protectsNew: g.NewInstancesProtectedFromScaleIn ?? false,
     healthCheck: { type: g.HealthCheckType ?? "EC2", graceSeconds: g.HealthCheckGracePeriod ?? 0 },
+    warmsToMax: (g.WarmPoolConfiguration?.MaxGroupPreparedCapacity ?? -1) < 0 && g.WarmPoolConfiguration !== undefined,
   };
 }
 
@@ -5438,6 +5441,14 @@ async function warnings(ctx: Ctx, group: Group, options: GroupOptions, log: Log)
     log.warn("is_enable_preaction is set, and preaction_snapshot_interval_minutes is 0: no snapshot is ever taken");
   if (group.capacityRebalance)
     log.warn(`Capacity Rebalancing of ${name} is on: both would replace the same instance; switch it off`);
+  // AWS's own do not count towards its limit, and two are ours now and then.
+  const tags = Object.keys(group.tags).filter((key) => !/^aws:|^spotmax:(max_size|cooldown)$/.test(key)).length;
+  if (tags > 48)
+    log.warn(`${name} has ${tags} tags, and AWS allows 50: leave room for two, else nothing is attached while it is full`);
+  if (group.warmsToMax)
+    log.warn(
+      `the warm pool of ${name} follows its maximum: it grows while that is raised for a replacement; set its MaxGroupPreparedCapacity`,
+    );
   if (group.suspended.has("Launch"))
     log.warn(`the Launch process of ${name} is suspended: nothing can be attached until it is resumed`);
   if (group.healthCheck.type.includes("ELB") && !group.healthCheck.graceSeconds)

@@ -20,6 +20,7 @@ import type {
   SetInstanceProtectionQuery,
   TerminateInstanceInAutoScalingGroupType,
   UpdateAutoScalingGroupType,
+  WarmPoolConfiguration,
 } from "@aws-sdk/client-auto-scaling";
 import type { InstanceRequirementsRequest, ResponseLaunchTemplateData } from "@aws-sdk/client-ec2";
 import { AwsError, page, wildcard } from "./basics.ts";
@@ -79,6 +80,7 @@ export interface Group {
   healthCheckGraceSeconds: number;
   activities: Activity[];
   hooks: string[];
+  warmPool?: WarmPoolConfiguration;
   createdAtMs: number;
   /** The request that last changed desired, as activities tell it. */
   lastRequest: string;
@@ -421,6 +423,7 @@ export class AutoScaling {
       ...(group.template && { LaunchTemplate: { ...group.template } }),
       ...(group.mixed && { MixedInstancesPolicy: structuredClone(group.mixed) }),
       ...(group.launchConfiguration && { LaunchConfigurationName: group.launchConfiguration }),
+      ...(group.warmPool && { WarmPoolConfiguration: group.warmPool }),
       MinSize: group.min,
       MaxSize: group.max,
       DesiredCapacity: group.desired,

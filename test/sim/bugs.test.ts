@@ -444,3 +444,19 @@ test("a configuration whose text never comes does not hold up the refresh for ev
   await s.until(() => isOver, 120);
   expect(s.lines.at(-1)).toContain("the last good one stays");
 });
+
+test("what stands in the way of a raised maximum is said at the start: a full row of tags, a warm pool that grows with it", async () => {
+  const s = new Stage();
+  s.group({ name: "web", ...three });
+  s.group({ name: "api", ...three });
+  const web = s.world.autoscaling.groups.get("web");
+  if (web) web.warmPool = { MinSize: 0 };
+  for (let n = 0; n < 49; n++) web?.tags.set(`tag${n}`, { value: "", propagate: false });
+  const api = s.world.autoscaling.groups.get("api");
+  if (api) api.warmPool = { MaxGroupPreparedCapacity: 4 };
+  for (let n = 0; n < 48; n++) api?.tags.set(`tag${n}`, { value: "", propagate: false });
+  for (let n = 0; n < 5; n++) api?.tags.set(`aws:tag${n}`, { value: "", propagate: false });
+  await s.start();
+  const warned = s.lines.filter((line) => line.startsWith("WARN"));
+  expect(warned).toEqual([expect.stringMatching(/web has 49 tags/), expect.stringMatching(/warm pool of web/)]);
+});
