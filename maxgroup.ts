@@ -576,6 +576,17 @@ const tick = (ctx: Ctx, deadlineMs = Number.POSITIVE_INFINITY) => {
 };
 const WAVE = 100;
 
+/** What `run` comes to, or `otherwise` where it fails, which `say` hears of. Only a stop goes through. */
+async function orElse<T>(run: () => Promise<T>, otherwise: T, say: Log[Level]): Promise<T> {
+  try {
+    return await run();
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    say(errorText(error), { error: errorName(error) });
+    return otherwise;
+  }
+}
+
 /** `sent` hears when a call has had its turn and goes out. */
 type SendOptions = { abortSignal: AbortSignal; sent: () => void };
 /**
@@ -627,17 +638,6 @@ async function aws<T>(
       // The loser of the race has no listener left.
       done.abort(new Stopped("answered"));
     }
-  }
-}
-
-/** What `run` comes to, or `otherwise` where it fails, which `say` hears of. Only a stop goes through. */
-async function orElse<T>(run: () => Promise<T>, otherwise: T, say: Log[Level]): Promise<T> {
-  try {
-    return await run();
-  } catch (error) {
-    if (error instanceof Stopped) throw error;
-    say(errorText(error), { error: errorName(error) });
-    return otherwise;
   }
 }
 
@@ -5519,8 +5519,21 @@ async function checkQueues(ctx: Ctx): Promise<void> {
   );
 }
 
-/** Asks AWS by dry runs whether the role may launch and end instances; only ever warns. */
-async function checkPermissions(ctx: Ctx): Promise<void> {
+/** Asks AWS by dry runs whether the role may launch; only ever warns. They use up the same budget as launches do, which go first. */
+export async function checkPermissions(ctx: Ctx): Promise<void> {
+  for (const [name, { broken }] of ctx.state.groups) {
+    if (broken) continue;
+    do await pause(ctx, 1_000);
+    while (ctx.state.inHand.size);
+    await orElse(
+      () => checkPermission(ctx, name),
+      undefined,
+      (text) => ctx.deps.log.warn(`whether ${name} can be launched from is not known: ${text}`),
+    );
+  }
+}
+
+async function checkPermission(ctx: Ctx, name: string): Promise<void> {
   const ask = async (what: string, send: (o: { abortSignal: AbortSignal }) => Promise<unknown>) => {
     try {
       await aws(ctx, what, send, { tries: 2 });
@@ -5533,38 +5546,26 @@ async function checkPermissions(ctx: Ctx): Promise<void> {
       else if (errorName(error) !== "DryRunOperation") ctx.deps.log.debug(`dry run: ${errorText(error)}`);
     }
   };
-  for (const [name, { broken }] of ctx.state.groups) {
-    const group = broken ? undefined : await ctx.cloud.group(name);
-    if (!group?.template) continue;
-    const data = await templateOf(ctx, group.template);
-    const subnets = await subnetsByZone(ctx, group, data.namesSubnet);
-    const pools = planLaunch({
-      group,
-      old: { type: data.type ?? "", zone: "", weight: 1 },
-      rung: "any spot",
-      alone: true,
-      desperate: true,
-      alt: [],
-      subnets,
-      templateType: data.type,
-      memory: () => undefined,
-    });
-    if (!pools.length || data.asksForSpot) continue;
-    const request = fleetRequest(group, pools, "spot", [{ Key: TAG.group, Value: name }], 1);
-    const [{ template, type, subnet } = { template: group.template, type: undefined, subnet: undefined }] = pools;
-    const one = {
-      LaunchTemplate: fleetTemplate(template),
-      InstanceType: type as _InstanceType | undefined,
-      SubnetId: subnet,
-      MinCount: 1,
-      MaxCount: 1,
-    };
-    const dry = { DryRun: true, TagSpecifications: request.TagSpecifications };
-    await ask(`ec2:RunInstances for ${name}, with iam:PassRole`, (o) =>
-      ctx.deps.ec2.send(new RunInstancesCommand({ ...one, ...dry }), o),
-    );
-    await ask(`ec2:CreateFleet for ${name}`, (o) => ctx.deps.ec2.send(new CreateFleetCommand({ ...request, DryRun: true }), o));
-  }
+  const group = await ctx.cloud.group(name);
+  if (!group?.template) return;
+  const [offer] = group.overrides;
+  const { template = group.template, requirements } = offer ?? {};
+  const data = await templateOf(ctx, group.template);
+  if (data.asksForSpot) return;
+  const [[zone, subnet] = ["", undefined]] = await subnetsByZone(ctx, group, data.namesSubnet);
+  const pool: Pool = { type: offer?.type, requirements, zone, subnet, template, priority: 0 };
+  const request = { ...fleetRequest(group, [pool], "spot", [{ Key: TAG.group, Value: name }], 1), DryRun: true };
+  const one = {
+    LaunchTemplate: fleetTemplate(template),
+    InstanceType: offer?.type as _InstanceType | undefined,
+    SubnetId: subnet,
+    MinCount: 1,
+    MaxCount: 1,
+    DryRun: true,
+    TagSpecifications: request.TagSpecifications,
+  };
+  await ask(`ec2:RunInstances for ${name}, with iam:PassRole`, (o) => ctx.deps.ec2.send(new RunInstancesCommand(one), o));
+  await ask(`ec2:CreateFleet for ${name}`, (o) => ctx.deps.ec2.send(new CreateFleetCommand(request), o));
 }
 
 /** An AWS error in one line that says what to do. */

@@ -460,3 +460,25 @@ test("what stands in the way of a raised maximum is said at the start: a full ro
   const warned = s.lines.filter((line) => line.startsWith("WARN"));
   expect(warned).toEqual([expect.stringMatching(/web has 49 tags/), expect.stringMatching(/warm pool of web/)]);
 });
+
+test("dry runs: a group whose template is gone keeps no other from being asked for, and real launches go first", async () => {
+  const s = new Stage();
+  s.group({ name: "api", ...three, types: ["m5.large"] });
+  const old = first(s.group({ name: "web", ...three }));
+  const { ctx } = await s.start();
+  const asked: number[] = [];
+  s.world.intercept = ({ operation, input }) => {
+    if ((input as { DryRun?: boolean }).DryRun) asked.push(s.clock.now());
+    const isApi = operation === "DescribeLaunchTemplateVersions" && JSON.stringify(input).includes(templateOf("api"));
+    return isApi ? { before: new AwsError("InvalidLaunchTemplateId.NotFound", "gone") } : undefined;
+  };
+  const templateOf = (name: string) => s.world.autoscaling.groups.get(name)?.template?.LaunchTemplateId ?? "none";
+  s.world.interrupt(old);
+  await s.until(() => ctx.state.inHand.size > 0, 30);
+  void maxgroup.checkPermissions(ctx);
+  await s.until(() => ctx.state.inHand.size === 0, 120);
+  expect(asked).toEqual([]);
+  await s.seconds(30);
+  expect(asked.length).toBe(2);
+  expect(s.lines.some((line) => /^WARN.* api .*gone/.test(line))).toBe(true);
+});
