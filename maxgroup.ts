@@ -17,6 +17,7 @@ import { createHash, createPublicKey, verify } from "node:crypto";
 import { closeSync, existsSync, openSync, readdirSync, readFileSync, statSync, writeSync } from "node:fs";
 import type { RequestOptions } from "node:https";
 import { dirname, resolve } from "node:path";
+import { setTimeout as setTimer } from "node:timers/promises";
 import {
   type Activity,
   AttachInstancesCommand,
@@ -492,7 +493,7 @@ export type Deps = {
   region: string;
   /** Milliseconds since 1970. */
   now: () => number;
-  /** Rejects with the signal's reason when it is aborted. */
+  /** Rejects when the signal is aborted. */
   sleep: (ms: number, signal?: AbortSignal) => Promise<void>;
   /** 0 <= x < 1 */
   random: () => number;
@@ -5716,19 +5717,7 @@ function realDeps(flags: Flags, log: Log): Deps {
     credentials: () => ec2.config.credentials(),
     region: flags.r ?? "",
     now: Date.now,
-    sleep: (ms, signal) =>
-      new Promise((resolve, reject) => {
-        if (signal?.aborted) return reject(signal.reason);
-        const abort = () => {
-          clearTimeout(timer);
-          reject(signal?.reason);
-        };
-        const timer = setTimeout(() => {
-          signal?.removeEventListener("abort", abort);
-          resolve();
-        }, ms);
-        signal?.addEventListener("abort", abort, { once: true });
-      }),
+    sleep: (ms, signal) => setTimer(ms, undefined, { signal }),
     random: Math.random,
     log,
   };
