@@ -578,7 +578,7 @@ const tick = (ctx: Ctx, deadlineMs = Number.POSITIVE_INFINITY) => {
 const WAVE = 100;
 
 /** What `run` comes to, or `otherwise` where it fails, which `say` hears of. Only a stop goes through. */
-async function orElse<T>(run: () => Promise<T>, otherwise: T, say: Log[Level]): Promise<T> {
+async function orElse<T, O>(run: () => Promise<T>, otherwise: O, say: Log[Level]): Promise<T | O> {
   try {
     return await run();
   } catch (error) {
@@ -4026,25 +4026,13 @@ const usersSchema = v.object({
   users: v.array(v.object({ name: v.string(), user: v.optional(v.nullable(v.object({ tokenFile: v.optional(v.string()) }))) })),
 });
 
-const EKS_TOKEN_MS = 14 * 60_000;
-
-/** How to reach a cluster and as whom, asked once a minute. */
+/** How to reach a cluster and as whom, asked once a minute: so no token of EKS comes near the end of its quarter of an hour. */
 async function accessTo(ctx: Ctx, cluster: Cluster): Promise<Access> {
   const { path } = cluster;
   return cached(ctx, `access to ${path}`, async () => {
     const changedMs = path === undefined ? 0 : statSync(path).mtimeMs;
     if (cluster.config?.changedMs !== changedMs) {
-      const { kube, token } = await readKubeconfig(ctx, path);
-      let made: { atMs: number; value: Promise<string> } | undefined;
-      const fresh = () => {
-        if (!made || ctx.deps.now() - made.atMs > EKS_TOKEN_MS)
-          made = { atMs: ctx.deps.now(), value: token?.() ?? Promise.resolve("") };
-        made.value.catch(() => {
-          made = undefined; // whoever asked hears of it; the next one asks anew
-        });
-        return made.value;
-      };
-      cluster.config = { kube, token: token && fresh, changedMs };
+      cluster.config = { ...(await readKubeconfig(ctx, path)), changedMs };
     }
     const { kube, token } = cluster.config;
     const options: RequestOptions = { headers: {} };
@@ -4244,13 +4232,9 @@ async function tell(ctx: Ctx, cluster: Cluster, node: KubeNode, notice: string, 
     ...{ type: "Warning", reason, message, count: 1, firstTimestamp: time, lastTimestamp: time },
     ...{ source: { component: "max_group" }, reportingComponent: "max_group", reportingInstance: "max_group" },
   };
-  try {
-    const path = "/api/v1/namespaces/default/events";
-    await kube(ctx, cluster, `an event on ${node.name}`, { method: "POST", path, body }, { also: [409] });
-  } catch (error) {
-    if (error instanceof Stopped) throw error;
-    ctx.deps.log.debug(errorText(error)); // it only informs
-  }
+  const ask = { method: "POST", path: "/api/v1/namespaces/default/events", body };
+  const post = () => kube(ctx, cluster, `an event on ${node.name}`, ask, { also: [409] });
+  await orElse(post, undefined, ctx.deps.log.debug); // it only informs
 }
 
 /** Cordons the node of a notice's instance; undefined where it has none. */
@@ -4311,8 +4295,10 @@ async function waitForNode(ctx: Ctx, work: Work): Promise<Result> {
     if (deadlineMs === undefined && standing === "none") return claimGone(ctx, work);
     // Where it is the group's own substitute nobody knows which node to wait for.
     const isIn = claim ? group.members.get(claim.id)?.lifecycleState === "InService" : standing === "healthy";
-    if (round === 0 && (await isNodeless(ctx, cluster, work))) return done;
-    if (isIn && (!claim || (await isNodeReady(ctx, cluster, work, claim.id, round)))) return done;
+    if (round === 0 && (await isNode(ctx, cluster, work, work.instance, true, (node) => !node))) return done;
+    const isReady = (node?: KubeNode) => node?.isReady === true && !node.isCordoned;
+    // A list of all nodes only now and then.
+    if (isIn && (!claim || (await isNode(ctx, cluster, work, claim.id, round % 10 === 0, isReady)))) return done;
     if (deadlineMs !== undefined) await tick(ctx, deadlineMs);
     else if (!isIn) return retry(`replacement ${claim?.id ?? ""} is ${standing}`, standing === "outside" ? 60 : 15);
     else if (cloudNow(ctx) < patienceEndsMs(ctx, work)) return retry(`the node of ${claim?.id} is not Ready`, 15);
@@ -4330,27 +4316,9 @@ async function isDead(ctx: Ctx, work: Work): Promise<boolean> {
   work.drained = true;
   return true;
 }
-/** Nothing is to be drained; a cluster that does not answer says no such thing. */
-async function isNodeless(ctx: Ctx, cluster: Cluster, work: Work): Promise<boolean> {
-  try {
-    return (await nodeOf(ctx, cluster, work.instance, true)) === undefined;
-  } catch (error) {
-    if (error instanceof Stopped) throw error;
-    work.log.debug(errorText(error));
-    return false;
-  }
-}
-async function isNodeReady(ctx: Ctx, cluster: Cluster, work: Work, id: string, round: number): Promise<boolean> {
-  try {
-    // A list of all nodes only now and then.
-    const node = await nodeOf(ctx, cluster, id, round % 10 === 0);
-    return node?.isReady === true && !node.isCordoned;
-  } catch (error) {
-    if (error instanceof Stopped) throw error;
-    work.log.debug(errorText(error));
-    return false;
-  }
-}
+/** Whether an instance's node, if it has one, is so; a cluster that does not answer says no such thing. */
+const isNode = (ctx: Ctx, cluster: Cluster, { log }: Work, id: string, isThorough: boolean, so: (node?: KubeNode) => boolean) =>
+  orElse(async () => so(await nodeOf(ctx, cluster, id, isThorough)), false, log.debug);
 
 /** What a drain does with a pod: as `kubectl drain --ignore-daemonsets --delete-emptydir-data --force` would. */
 export function judgePod(pod: Pod, isDaemonSetThere: boolean): "leave" | "evict" | "wait" {
@@ -4429,22 +4397,13 @@ async function evictAll(
 async function isDaemonSetThere(ctx: Ctx, cluster: Cluster, { namespace, daemonSet }: Pod): Promise<boolean> {
   if (daemonSet === undefined) return false;
   const path = `/apis/apps/v1/namespaces/${namespace}/daemonsets/${daemonSet}`;
-  try {
-    return await cached(ctx, `${cluster.path} ${path}`, async () => {
-      const answer = await kube(
-        ctx,
-        cluster,
-        `reading DaemonSet ${namespace}/${daemonSet}`,
-        { method: "GET", path },
-        { also: [404] },
-      );
-      return answer.status !== 404;
-    });
-  } catch (error) {
-    if (error instanceof Stopped) throw error;
-    ctx.deps.log.debug(errorText(error));
-    return true; // where nobody knows, its pods are left alone
-  }
+  const read = async () => {
+    const doing = `reading DaemonSet ${namespace}/${daemonSet}`;
+    const answer = await kube(ctx, cluster, doing, { method: "GET", path }, { also: [404] });
+    return answer.status !== 404;
+  };
+  // Where nobody knows, its pods are left alone.
+  return orElse(() => cached(ctx, `${cluster.path} ${path}`, read), true, ctx.deps.log.debug);
 }
 
 /** One drain under way. */
@@ -4551,10 +4510,8 @@ export async function releaseNodes(ctx: Ctx): Promise<void> {
     const nodes = await kubeList(ctx, cluster, "looking for nodes of notices that did not come true", path, toNode);
     await Promise.all(nodes.map((node) => releaseNode(ctx, cluster, node)));
   };
-  for (const cluster of clustersInUse(ctx))
-    await look(cluster).catch((error: unknown) => {
-      if (!(error instanceof Stopped)) ctx.deps.log.debug(errorText(error)); // the next look is a minute away
-    });
+  // The next look is a minute away.
+  for (const cluster of clustersInUse(ctx)) await orElse(() => look(cluster), undefined, ctx.deps.log.debug);
 }
 
 async function releaseNode(ctx: Ctx, cluster: Cluster, node: KubeNode): Promise<void> {
@@ -4784,7 +4741,7 @@ async function managerLoop(ctx: Ctx): Promise<void> {
 }
 
 /** One look at all claims and maximums; true while something is unsettled. */
-export async function managerPass(ctx: Ctx): Promise<boolean> {
+async function managerPass(ctx: Ctx): Promise<boolean> {
   const { state } = ctx;
   const shown = await ctx.cloud.describe("reading claims", [{ Name: "tag-key", Values: [TAG.replaces] }]);
   const unordered = shown.filter(
@@ -5209,12 +5166,9 @@ async function look(ctx: Ctx, isSnapshot: boolean): Promise<void> {
   const advisor = isWanted ? await readAdvisor(ctx) : undefined;
   await Promise.all(
     groups.map(async ([name, { options }]) => {
-      try {
-        await lookAt(ctx, name, options, options.is_enable_preaction ? advisor : undefined);
-      } catch (error) {
-        if (error instanceof Stopped) throw error;
-        deps.log.error(`preaction: ${errorText(error)}; trying again`, { group: name, error: errorName(error) });
-      }
+      const run = () => lookAt(ctx, name, options, options.is_enable_preaction ? advisor : undefined);
+      const log = deps.log.with({ group: name });
+      await orElse(run, undefined, (text, fields) => log.error(`preaction: ${text}; trying again`, fields));
     }),
   );
 }
@@ -5644,11 +5598,16 @@ async function readFile(ctx: Pick<Ctx, "deps" | "signal">, flags: Flags, name: s
   }
 }
 
+async function readConfig(source: Pick<Ctx, "deps" | "signal">, flags: Flags): Promise<Config> {
+  const config = parseConfig(await readFile(source, flags, "service_config.json"));
+  if (flags.t) refuseRealAws(config);
+  return config;
+}
+
 /** Reads configuration and groups again; what fails leaves the last good ones in force. */
 export async function refresh(ctx: Ctx, flags: Flags): Promise<void> {
   try {
-    const config = parseConfig(await readFile(ctx, flags, "service_config.json"));
-    if (flags.t) refuseRealAws(config);
+    const config = await readConfig(ctx, flags);
     if (JSON.stringify(config) !== JSON.stringify(ctx.state.config))
       ctx.deps.log.info("the configuration has changed: using the new one");
     ctx.state.config = config;
@@ -5783,8 +5742,7 @@ async function load(source: Pick<Ctx, "deps" | "signal">, flags: Flags): Promise
     throw new ConfigError(`AWS_ENDPOINT_URL is no URL: "${endpoint}"; unset it, or give one such as http://127.0.0.1:4566`);
   if (flags.t && !isLoopback(endpoint))
     throw new ConfigError("-t is for local tests: set AWS_ENDPOINT_URL to a loopback address, such as http://127.0.0.1:4566");
-  const config = parseConfig(await readFile(source, flags, "service_config.json"));
-  if (flags.t) refuseRealAws(config);
+  const config = await readConfig(source, flags);
   const publicKey = process.env.MAXGROUP_LICENSE_PUBLIC_KEY;
   const fault = publicKey ? licenseFault(await readFile(source, flags, "license.txt"), publicKey, Date.now()) : undefined;
   if (fault) throw new ConfigError(fault);

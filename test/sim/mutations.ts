@@ -178,7 +178,7 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "pods go before their new node is there",
-    edits: [[/\(await isNodeReady\(ctx, cluster, work, claim\.id, round\)\)/, "true"]],
+    edits: [[/\(await isNode\([^\n]*, isReady\)\)/, "true"]],
   },
   { name: "a drain knows no deadline", edits: [[/: deadlineMs - DRAIN_ENDS_MS;/, ": deadlineMs + 60_000;"]] },
   { name: "pods stay where they are", edits: [[/\{ name: "drain", when: "k8s_node_drain_option", run: drain \},/, ""]] },
