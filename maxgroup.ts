@@ -5523,39 +5523,38 @@ async function checkPermission(ctx: Ctx, name: string): Promise<void> {
   await ask(`ec2:CreateFleet for ${name}`, (o) => ctx.deps.ec2.send(new CreateFleetCommand(request), o));
 }
 
-/** An AWS error in one line that says what to do. */
+/** AWS's names for a fault, the first of them for all, and what to do. */
+const EXPLAINED: [names: string, text: string][] = [
+  [
+    "AccessDenied AccessDeniedException AllAccessDisabled Forbidden 403 UnauthorizedOperation",
+    "access is denied; give the role the rights of conf/spotmax_init.yml",
+  ],
+  ["ExpiredToken ExpiredTokenException TokenRefreshRequired", "the credentials have expired; renew them and start again"],
+  [
+    "InvalidAccessKeyId InvalidClientTokenId UnrecognizedClientException InvalidToken",
+    "the access key is not known to AWS; check -k, or the environment's AWS_ACCESS_KEY_ID",
+  ],
+  [
+    "SignatureDoesNotMatch InvalidSignatureException AuthFailure",
+    "the secret does not fit the access key; check -p, or the environment's AWS_SECRET_ACCESS_KEY",
+  ],
+  // EC2's word for both.
+  ["RequestExpired", "the credentials have expired, renew them and start again; or this machine's clock is off"],
+  ["RequestTimeTooSkewed RequestInTheFuture", "this machine's clock is off; set it, and keep it set (chrony)"],
+  [
+    "CredentialsProviderError",
+    "no credentials were found; attach the role spotmax_max_group_role to this instance, or pass -k and -p",
+  ],
+  ["QueueDoesNotExist AWS.SimpleQueueService.NonExistentQueue", ""],
+];
+
+/** An AWS error in one line that says what to do; `special` knows better. */
 export function explain(error: unknown, special: Record<string, string> = {}): string {
   const name = errorName(error);
   const code = status(error instanceof Error && error.cause instanceof Error ? error.cause : error);
-  const known: Record<string, string> = {
-    AccessDenied: "access is denied; give the role the rights of conf/spotmax_init.yml",
-    ExpiredToken: "the credentials have expired; renew them and start again",
-    InvalidAccessKeyId: "the access key is not known to AWS; check -k, or the environment's AWS_ACCESS_KEY_ID",
-    SignatureDoesNotMatch: "the secret does not fit the access key; check -p, or the environment's AWS_SECRET_ACCESS_KEY",
-    // EC2's word for both.
-    RequestExpired: "the credentials have expired, renew them and start again; or this machine's clock is off",
-    RequestTimeTooSkewed: "this machine's clock is off; set it, and keep it set (chrony)",
-    CredentialsProviderError:
-      "no credentials were found; attach the role spotmax_max_group_role to this instance, or pass -k and -p",
-  };
-  const alias: Record<string, string> = {
-    AccessDeniedException: "AccessDenied",
-    AllAccessDisabled: "AccessDenied",
-    Forbidden: "AccessDenied",
-    "403": "AccessDenied",
-    UnauthorizedOperation: "AccessDenied",
-    ExpiredTokenException: "ExpiredToken",
-    RequestInTheFuture: "RequestTimeTooSkewed",
-    TokenRefreshRequired: "ExpiredToken",
-    InvalidClientTokenId: "InvalidAccessKeyId",
-    UnrecognizedClientException: "InvalidAccessKeyId",
-    InvalidToken: "InvalidAccessKeyId",
-    InvalidSignatureException: "SignatureDoesNotMatch",
-    AuthFailure: "SignatureDoesNotMatch",
-    "AWS.SimpleQueueService.NonExistentQueue": "QueueDoesNotExist",
-  };
-  const key = special[name] || known[name] ? name : (alias[name] ?? (code === 403 ? "AccessDenied" : name));
-  const text = special[key] ?? known[key];
+  const rowOf = (word: string) => EXPLAINED.find(([names]) => names.split(" ").includes(word));
+  const [names = "", known] = rowOf(name) ?? rowOf(String(code)) ?? [];
+  const text = special[name] ?? special[names.split(" ")[0] ?? ""] ?? known;
   if (text) return text;
   if (
     /ECONN|ENOTFOUND|EAI_AGAIN|ConnectionRefused|FailedToOpenSocket|ConnectionClosed|TimeoutError|ETIMEDOUT|Unable to connect/.test(
