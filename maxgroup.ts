@@ -4750,9 +4750,14 @@ async function managerPass(ctx: Ctx): Promise<boolean> {
   // What fails is tried again with the next pass, holds up nothing else, and is said once.
   const part = async <T>(what: string, run: () => Promise<T>, otherwise: T) => {
     let failed = false;
-    const answer = await orElse(run, otherwise, (text) => {
+    const answer = await orElse(run, otherwise, (text, fields) => {
       failed = true;
-      sayOnce(ctx, "warn", `manager ${what}`, `instance manager: ${text}; trying again`);
+      sayOnce(
+        ctx,
+        RETRYABLE.has(String(fields?.error)) ? "warn" : "error",
+        `manager ${what}`,
+        `instance manager: ${text}; trying again`,
+      );
     });
     if (!failed) state.said.delete(`manager ${what}`);
     return answer;
