@@ -4848,7 +4848,7 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       const own = await groupOf(ctx, claim.tags[TAG.group] ?? "");
       const member = own?.members.get(claim.id) ?? (await ctx.cloud.member(claim.id));
       const name = member?.group ?? claim.tags[TAG.group] ?? "";
-      const group = own?.name === name ? own : await groupOf(ctx, name);
+      const group = await groupOf(ctx, name);
       const old = replacedBy(claim);
       return { claim, member, name, group, old, fate: old && group ? await fateOf(ctx, group, old) : ("unknown" as const) };
     }),
