@@ -17,6 +17,7 @@ import { createHash, createPublicKey, verify } from "node:crypto";
 import { closeSync, existsSync, openSync, readdirSync, readFileSync, statSync, writeSync } from "node:fs";
 import type { RequestOptions } from "node:https";
 import { dirname, resolve } from "node:path";
+import { setTimeout as setTimer } from "node:timers/promises";
 import {
   type Activity,
   AttachInstancesCommand,
@@ -74,6 +75,7 @@ import {
   SendMessageBatchCommand,
   SQSClient,
 } from "@aws-sdk/client-sqs";
+import { partition } from "@aws-sdk/core/client";
 import type { KubeConfig } from "@kubernetes/client-node";
 import { Hash } from "@smithy/core/serde";
 import { SignatureV4 } from "@smithy/signature-v4";
@@ -232,7 +234,8 @@ function closed<E extends v.ObjectEntries>(entries: E, also?: { key: RegExp; val
 
 const intervalMinutes = wholeNumber(0, 60 * 24 * 7);
 const queueKeys = {
-  queue_url: text("the queue's URL, as `aws sqs get-queue-url` prints it", /^https?:\/\/[^/]+\/.+/),
+  // A FIFO queue delays no single message.
+  queue_url: text("a standard queue's URL, as `aws sqs get-queue-url` prints it", /^https?:\/\/[^/]+\/.+(?<!\.fifo)$/),
   visibility_timeout_seconds: v.optional(wholeNumber(10, 43_200), 61),
   max_number_of_messages: v.optional(wholeNumber(1, 10), 10),
   wait_time_seconds: v.optional(wholeNumber(0, 20), 20),
@@ -495,7 +498,7 @@ export type Deps = {
   region: string;
   /** Milliseconds since 1970. */
   now: () => number;
-  /** Rejects with the signal's reason when it is aborted. */
+  /** Rejects when the signal is aborted. */
   sleep: (ms: number, signal?: AbortSignal) => Promise<void>;
   /** 0 <= x < 1 */
   random: () => number;
@@ -585,6 +588,17 @@ const tick = (ctx: Ctx, deadlineMs = Number.POSITIVE_INFINITY) => {
 /** So long before the deadline the old one is detached whatever its replacement does. */
 const FORCED_MS = 5_000;
 const WAVE = 100;
+
+/** What `run` comes to, or `otherwise` where it fails, which `say` hears of. Only a stop goes through. */
+async function orElse<T, O>(run: () => Promise<T>, otherwise: O, say: Log[Level]): Promise<T | O> {
+  try {
+    return await run();
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    say(errorText(error), { error: errorName(error) });
+    return otherwise;
+  }
+}
 
 /** `sent` hears when a call has had its turn and goes out. */
 type SendOptions = { abortSignal: AbortSignal; sent: () => void };
@@ -983,6 +997,8 @@ export type Group = {
   capacityRebalance: boolean;
   protectsNew: boolean;
   healthCheck: { type: string; graceSeconds: number };
+  /** It has a warm pool, of as many as the maximum is above desired. */
+  warmsToMax?: boolean;
 };
 
 /**
@@ -1085,6 +1101,7 @@ export function toGroup(g: AutoScalingGroup): Group | undefined {
     capacityRebalance: g.CapacityRebalance ?? false,
     protectsNew: g.NewInstancesProtectedFromScaleIn ?? false,
     healthCheck: { type: g.HealthCheckType ?? "EC2", graceSeconds: g.HealthCheckGracePeriod ?? 0 },
+    warmsToMax: (g.WarmPoolConfiguration?.MaxGroupPreparedCapacity ?? -1) < 0 && g.WarmPoolConfiguration !== undefined,
   };
 }
 
@@ -3980,7 +3997,7 @@ async function stsUrl(
   headers: Record<string, string>,
   credentials: Credentials,
 ): Promise<string> {
-  const hostname = `sts.${region}.amazonaws.com${region.startsWith("cn-") ? ".cn" : ""}`;
+  const hostname = `sts.${region}.${partition(region).dnsSuffix}`;
   const signer = new SignatureV4({ service: "sts", region, credentials, sha256: Hash.bind(null, "sha256") });
   const { query: signed = {} } = await signer.presign(
     {
@@ -4086,25 +4103,13 @@ const usersSchema = v.object({
   users: v.array(v.object({ name: v.string(), user: v.optional(v.nullable(v.object({ tokenFile: v.optional(v.string()) }))) })),
 });
 
-const EKS_TOKEN_MS = 14 * 60_000;
-
-/** How to reach a cluster and as whom, asked once a minute. */
+/** How to reach a cluster and as whom, asked once a minute: so no token of EKS comes near the end of its quarter of an hour. */
 async function accessTo(ctx: Ctx, cluster: Cluster): Promise<Access> {
   const { path } = cluster;
   return cached(ctx, `access to ${path}`, async () => {
     const changedMs = path === undefined ? 0 : statSync(path).mtimeMs;
     if (cluster.config?.changedMs !== changedMs) {
-      const { kube, token } = await readKubeconfig(ctx, path);
-      let made: { atMs: number; value: Promise<string> } | undefined;
-      const fresh = () => {
-        if (!made || ctx.deps.now() - made.atMs > EKS_TOKEN_MS)
-          made = { atMs: ctx.deps.now(), value: token?.() ?? Promise.resolve("") };
-        made.value.catch(() => {
-          made = undefined; // whoever asked hears of it; the next one asks anew
-        });
-        return made.value;
-      };
-      cluster.config = { kube, token: token && fresh, changedMs };
+      cluster.config = { ...(await readKubeconfig(ctx, path)), changedMs };
     }
     const { kube, token } = cluster.config;
     const options: RequestOptions = { headers: {} };
@@ -4304,13 +4309,9 @@ async function tell(ctx: Ctx, cluster: Cluster, node: KubeNode, notice: string, 
     ...{ type: "Warning", reason, message, count: 1, firstTimestamp: time, lastTimestamp: time },
     ...{ source: { component: "max_group" }, reportingComponent: "max_group", reportingInstance: "max_group" },
   };
-  try {
-    const path = "/api/v1/namespaces/default/events";
-    await kube(ctx, cluster, `an event on ${node.name}`, { method: "POST", path, body }, { also: [409] });
-  } catch (error) {
-    if (error instanceof Stopped) throw error;
-    ctx.deps.log.debug(errorText(error)); // it only informs
-  }
+  const ask = { method: "POST", path: "/api/v1/namespaces/default/events", body };
+  const post = () => kube(ctx, cluster, `an event on ${node.name}`, ask, { also: [409] });
+  await orElse(post, undefined, ctx.deps.log.debug); // it only informs
 }
 
 /** Cordons the node of a notice's instance; undefined where it has none. */
@@ -4346,9 +4347,8 @@ async function cordon(ctx: Ctx, work: Work): Promise<Result> {
   return done;
 }
 
-/** When nobody waits any longer for the replacement's node, and for the cluster itself, ms since 1970. */
-const patienceEndsMs = (ctx: Ctx, work: Work) =>
-  (work.notice.timeMs ?? cloudNow(ctx)) + work.options.preaction_detach_delay_seconds * 1000 + NODE_PATIENCE_MS;
+/** When nobody waits any longer for the replacement's node, and for the cluster itself, ms since 1970: a message's time is when it was due. */
+const patienceEndsMs = (ctx: Ctx, work: Work) => (work.notice.timeMs ?? cloudNow(ctx)) + NODE_PATIENCE_MS;
 
 /**
  * Until the pods have somewhere to go, or time runs short. What the target groups think of the new one does not matter
@@ -4372,8 +4372,10 @@ async function waitForNode(ctx: Ctx, work: Work): Promise<Result> {
     if (deadlineMs === undefined && standing === "none") return claimGone(ctx, work);
     // Where it is the group's own substitute nobody knows which node to wait for.
     const isIn = claim ? group.members.get(claim.id)?.lifecycleState === "InService" : standing === "healthy";
-    if (round === 0 && (await isNodeless(ctx, cluster, work))) return done;
-    if (isIn && (!claim || (await isNodeReady(ctx, cluster, work, claim.id, round)))) return done;
+    if (round === 0 && (await isNode(ctx, cluster, work, work.instance, true, (node) => !node))) return done;
+    const isReady = (node?: KubeNode) => node?.isReady === true && !node.isCordoned;
+    // A list of all nodes only now and then.
+    if (isIn && (!claim || (await isNode(ctx, cluster, work, claim.id, round % 10 === 0, isReady)))) return done;
     if (deadlineMs !== undefined) await tick(ctx, deadlineMs);
     else if (!isIn) return retry(`replacement ${claim?.id ?? ""} is ${standing}`, standing === "outside" ? 60 : 15);
     else if (cloudNow(ctx) < patienceEndsMs(ctx, work)) return retry(`the node of ${claim?.id} is not Ready`, 15);
@@ -4391,27 +4393,9 @@ async function isDead(ctx: Ctx, work: Work): Promise<boolean> {
   work.drained = true;
   return true;
 }
-/** Nothing is to be drained; a cluster that does not answer says no such thing. */
-async function isNodeless(ctx: Ctx, cluster: Cluster, work: Work): Promise<boolean> {
-  try {
-    return (await nodeOf(ctx, cluster, work.instance, true)) === undefined;
-  } catch (error) {
-    if (error instanceof Stopped) throw error;
-    work.log.debug(errorText(error));
-    return false;
-  }
-}
-async function isNodeReady(ctx: Ctx, cluster: Cluster, work: Work, id: string, round: number): Promise<boolean> {
-  try {
-    // A list of all nodes only now and then.
-    const node = await nodeOf(ctx, cluster, id, round % 10 === 0);
-    return node?.isReady === true && !node.isCordoned;
-  } catch (error) {
-    if (error instanceof Stopped) throw error;
-    work.log.debug(errorText(error));
-    return false;
-  }
-}
+/** Whether an instance's node, if it has one, is so; a cluster that does not answer says no such thing. */
+const isNode = (ctx: Ctx, cluster: Cluster, { log }: Work, id: string, isThorough: boolean, so: (node?: KubeNode) => boolean) =>
+  orElse(async () => so(await nodeOf(ctx, cluster, id, isThorough)), false, log.debug);
 
 /** What a drain does with a pod: as `kubectl drain --ignore-daemonsets --delete-emptydir-data --force` would. */
 export function judgePod(pod: Pod, isDaemonSetThere: boolean): "leave" | "evict" | "wait" {
@@ -4490,22 +4474,13 @@ async function evictAll(
 async function isDaemonSetThere(ctx: Ctx, cluster: Cluster, { namespace, daemonSet }: Pod): Promise<boolean> {
   if (daemonSet === undefined) return false;
   const path = `/apis/apps/v1/namespaces/${namespace}/daemonsets/${daemonSet}`;
-  try {
-    return await cached(ctx, `${cluster.path} ${path}`, async () => {
-      const answer = await kube(
-        ctx,
-        cluster,
-        `reading DaemonSet ${namespace}/${daemonSet}`,
-        { method: "GET", path },
-        { also: [404] },
-      );
-      return answer.status !== 404;
-    });
-  } catch (error) {
-    if (error instanceof Stopped) throw error;
-    ctx.deps.log.debug(errorText(error));
-    return true; // where nobody knows, its pods are left alone
-  }
+  const read = async () => {
+    const doing = `reading DaemonSet ${namespace}/${daemonSet}`;
+    const answer = await kube(ctx, cluster, doing, { method: "GET", path }, { also: [404] });
+    return answer.status !== 404;
+  };
+  // Where nobody knows, its pods are left alone.
+  return orElse(() => cached(ctx, `${cluster.path} ${path}`, read), true, ctx.deps.log.debug);
 }
 
 /** One drain under way. */
@@ -4612,10 +4587,8 @@ export async function releaseNodes(ctx: Ctx): Promise<void> {
     const nodes = await kubeList(ctx, cluster, "looking for nodes of notices that did not come true", path, toNode);
     await Promise.all(nodes.map((node) => releaseNode(ctx, cluster, node)));
   };
-  for (const cluster of clustersInUse(ctx))
-    await look(cluster).catch((error: unknown) => {
-      if (!(error instanceof Stopped)) ctx.deps.log.debug(errorText(error)); // the next look is a minute away
-    });
+  // The next look is a minute away.
+  for (const cluster of clustersInUse(ctx)) await orElse(() => look(cluster), undefined, ctx.deps.log.debug);
 }
 
 async function releaseNode(ctx: Ctx, cluster: Cluster, node: KubeNode): Promise<void> {
@@ -4845,13 +4818,28 @@ async function managerLoop(ctx: Ctx): Promise<void> {
 }
 
 /** One look at all claims and maximums; true while something is unsettled. */
-export async function managerPass(ctx: Ctx): Promise<boolean> {
+async function managerPass(ctx: Ctx): Promise<boolean> {
   const { state } = ctx;
   const shown = await ctx.cloud.describe("reading claims", [{ Name: "tag-key", Values: [TAG.replaces] }]);
   const unordered = shown.filter(
     (c) => c.tags[TAG.replaces]?.includes(" ") && !c.tags[TAG.order] && cloudNow(ctx) - c.launchedMs > 30_000,
   );
-  if (unordered.length) await writeOrders(ctx, unordered);
+  // What fails is tried again with the next pass, holds up nothing else, and is said once.
+  const part = async <T>(what: string, run: () => Promise<T>, otherwise: T) => {
+    let failed = false;
+    const answer = await orElse(run, otherwise, (text, fields) => {
+      failed = true;
+      sayOnce(
+        ctx,
+        RETRYABLE.has(String(fields?.error)) ? "warn" : "error",
+        `manager ${what}`,
+        `instance manager: ${text}; trying again`,
+      );
+    });
+    if (!failed) state.said.delete(`manager ${what}`);
+    return answer;
+  };
+  await part("orders", () => writeOrders(ctx, unordered), undefined);
   const seen = new Map(shown.map((c) => [c.id, c]));
   for (const [id, c] of state.claims) {
     const now = seen.get(id);
@@ -4863,21 +4851,25 @@ export async function managerPass(ctx: Ctx): Promise<boolean> {
     if (!isLiving(c)) state.claims.delete(c.id);
   }
   const open = [...state.claims.values()].filter((c) => !isSettled(c));
-  await settleClaims(ctx, open);
+  await part("claims", () => settleClaims(ctx, open), undefined);
   // Of groups that have left the configuration as well: what was raised is put back.
-  const names = new Set([...state.groups.keys(), ...shown.map((c) => c.tags[TAG.group] ?? "")].filter(Boolean));
-  const groups = (await Promise.all([...names].map((name) => ctx.cloud.group(name)))).flatMap((g) => g ?? []);
+  const names = new Set([...state.groups.keys(), ...shown.map((c) => c.tags[TAG.group] ?? "")]);
+  // One that is being deleted takes no change.
+  const groups = (await Promise.all([...names].map((name) => groupOf(ctx, name)))).flatMap((g) => (g && !g.status ? g : []));
   for (const name of state.restoring.keys()) if (!groups.some((g) => g.name === name)) state.restoring.delete(name);
   let raised = false;
   for (const g of groups) {
-    await release(ctx, g);
-    raised = (await restoreMaximum(ctx, g, open)) || raised;
+    await part(`protection ${g.name}`, () => release(ctx, g), undefined);
+    raised = (await part(`maximum ${g.name}`, () => restoreMaximum(ctx, g, open), true)) || raised;
   }
-  await sweepVolumes(ctx);
+  await part("volumes", () => sweepVolumes(ctx), undefined);
   void releaseNodes(ctx).catch((error: unknown) => ctx.deps.log.debug(errorText(error))); // a slow cluster holds up nothing here
   forget(ctx, open);
   return open.length > 0 || raised;
 }
+
+/** A claim's tag may say anything, and a name that AWS refuses fails the call for all groups in it. */
+const groupOf = async (ctx: Ctx, name: string) => (v.is(groupName, name) ? ctx.cloud.group(name) : undefined);
 
 function forget(ctx: Ctx, open: Ec2Instance[]): void {
   const alive = new Set(open.map((c) => c.id));
@@ -4927,36 +4919,29 @@ export function judgeClaim(x: {
 
 async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
   const nowMs = ctx.deps.now();
-  // Nearly all are members of their own group, which shows them: one call for fifty groups.
-  const membersOf = await Promise.all(
-    open.map(async (c) => (await ctx.cloud.group(c.tags[TAG.group] ?? ""))?.members.get(c.id) ?? ctx.cloud.member(c.id)),
-  );
-  const nameOf = (claim: Ec2Instance, n: number) => membersOf[n]?.group ?? claim.tags[TAG.group] ?? "";
-  const groups = new Map(
-    await Promise.all([...new Set(open.map(nameOf))].map(async (name) => [name, await ctx.cloud.group(name)] as const)),
-  );
-  const fates = await Promise.all(
-    open.map((claim, n) => {
-      const [old, group] = [replacedBy(claim), groups.get(nameOf(claim, n))];
-      return old && group ? fateOf(ctx, group, old) : "unknown";
+  const seen = await Promise.all(
+    open.map(async (claim) => {
+      // Nearly all are members of their own group, which shows them: one call for fifty groups.
+      const own = await groupOf(ctx, claim.tags[TAG.group] ?? "");
+      const member = own?.members.get(claim.id) ?? (await ctx.cloud.member(claim.id));
+      const name = member?.group ?? claim.tags[TAG.group] ?? "";
+      const group = await groupOf(ctx, name);
+      const old = replacedBy(claim);
+      return { claim, member, name, group, old, fate: old && group ? await fateOf(ctx, group, old) : ("unknown" as const) };
     }),
   );
   const rivals = Map.groupBy(ctx.state.claims.values(), (c) => replacedBy(c) ?? c.id);
   const ended = new Map<string, number>(); // so many surplus ones of a group
-  for (const [n, claim] of open.entries()) {
-    const member = membersOf[n];
-    const old = replacedBy(claim);
+  for (const { claim, member, name, group, old, fate } of seen) {
     if (!member && !ctx.state.outsideSince.has(claim.id)) ctx.state.outsideSince.set(claim.id, nowMs);
     if (member) ctx.state.outsideSince.delete(claim.id);
-    const name = nameOf(claim, n);
-    const group = groups.get(name);
     const best = old ? winner(rivals.get(old) ?? []) : undefined;
     const stays = old !== undefined && isStaying(group?.members.get(old));
     const inService = group ? [...group.members.values()].filter((m) => m.lifecycleState === "InService") : [];
     if (stays) ctx.state.left.delete(old); // attached once more
     const watch = `${claim.id} ${stays}`;
     if (!ctx.state.actedMs.has(watch)) ctx.state.actedMs.set(watch, nowMs);
-    const options = ctx.state.groups.get(name)?.options ?? v.parse(groupSchema, {});
+    const options = ctx.state.groups.get(name)?.options;
     const what = judgeClaim({
       isWinner: best?.id === claim.id,
       winnerInService: best !== undefined && group?.members.get(best.id)?.lifecycleState === "InService",
@@ -4964,26 +4949,31 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       isLetGo: TAG.detached in claim.tags,
       outsideMs: nowMs - (ctx.state.outsideSince.get(claim.id) ?? nowMs),
       ageMs: cloudNow(ctx) - claim.launchedMs,
-      old: fates[n] ?? "unknown",
+      old: fate,
       watchedMs: nowMs - (ctx.state.actedMs.get(watch) ?? nowMs),
       membersInService: inService.reduce((sum, m) => sum + m.weight, 0),
       desired: group?.desired ?? 0,
-      patienceMs:
-        1000 *
-        (options.detaching_delay_seconds +
-          options.preaction_detach_delay_seconds +
-          (options.k8s_node_drain_option ? options.k8s_node_drain_grace_second : 0)),
+      patienceMs: options ? patienceMsOf(options) : Number.POSITIVE_INFINITY,
     });
     if (what === "leave") continue;
-    const log = ctx.deps.log.with({ group: name, instance: old, replacement: claim.id });
-    try {
-      await actOnClaim(ctx, what, claim, old ?? "", name, options, ended, log);
-    } catch (error) {
-      if (error instanceof Stopped) throw error;
-      log.error(`instance manager: ${errorText(error)}`, { error: errorName(error) });
+    if (what === "end member") {
+      const count = (ended.get(name) ?? 0) + 1;
+      if (count > MAX_ENDED) continue;
+      ended.set(name, count);
     }
+    const log = ctx.deps.log.with({ group: name, instance: old, replacement: claim.id });
+    const act = () => actOnClaim(ctx, what, { claim, old: old ?? "", name, log });
+    await orElse(act, undefined, (text, fields) => log.error(`instance manager: ${text}`, fields));
   }
 }
+
+/**
+ * How long the way out may take by itself. Of a group that is not in this configuration nobody here knows: another
+ * installation's daemons may look after it, and what was begun under earlier options has them in its message.
+ */
+const patienceMsOf = (o: GroupOptions) =>
+  1000 *
+  (o.detaching_delay_seconds + o.preaction_detach_delay_seconds + (o.k8s_node_drain_option ? o.k8s_node_drain_grace_second : 0));
 
 /**
  * Surplus members of a group that go in one pass: each takes one from desired and from what is in service, so the
@@ -4994,56 +4984,52 @@ const MAX_ENDED = 10;
 async function actOnClaim(
   ctx: Ctx,
   what: "settle" | "end outside" | "end member" | "remind",
-  claim: Ec2Instance,
-  old: string,
-  name: string,
-  options: GroupOptions,
-  ended: Map<string, number>,
-  log: Log,
+  on: { claim: Ec2Instance; old: string; name: string; log: Log },
 ): Promise<void> {
-  if (what === "settle") {
-    const keepProtected = (await ctx.cloud.group(name))?.protectsNew ?? false;
-    await settle(ctx, name, [{ id: claim.id, keepProtected }]);
-    log.info(`settled ${claim.id}: ${old} has left ${name}`);
-  } else if (what === "remind") {
-    const last = Math.max(ctx.state.actedMs.get(`${claim.id} reminded`) ?? 0, ctx.state.detachSeenMs.get(old) ?? 0);
-    if (ctx.deps.now() - last < LEAK_MS) return; // it is on its way
-    ctx.state.actedMs.set(`${claim.id} reminded`, ctx.deps.now());
-    const oldProtected = (await ctx.cloud.group(name))?.members.get(old)?.isProtected ?? false;
-    const notice = { type: DETACH, kind: "rebalance" as const, id: claim.id, instances: [old] };
-    await sendOwn(ctx, "detach_evt_sqs", notice, { group: name, options, oldProtected });
-    log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
-  } else if (what === "end outside") {
-    if (await ctx.cloud.member(claim.id)) return; // the second read
-    await ctx.cloud.terminate([claim.id]);
-    ctx.state.claims.delete(claim.id);
-    log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
-  } else if ((ended.get(name) ?? 0) < MAX_ENDED) {
-    ended.set(name, (ended.get(name) ?? 0) + 1);
-    const shown = await ctx.cloud.instance(claim.id);
-    if (shown && isSettled(shown)) return; // another daemon has, a moment ago
-    const data = claim.volumes[DATA_DEVICE];
-    if (data?.ends)
-      return log.error(`${claim.id} is one too many, but ${data.id} at ${DATA_DEVICE} would go with it: left alone`);
-    if (data) log.warn(`${data.id} stays available when ${claim.id} goes; to attach it: ${attachCommand(data.id, "INSTANCE")}`);
-    const input = { InstanceId: claim.id, ShouldDecrementDesiredCapacity: true };
-    const end = () =>
-      aws(
-        ctx,
-        `ending the surplus ${claim.id}`,
-        (o) => ctx.deps.autoScaling.send(new TerminateInstanceInAutoScalingGroupCommand(input), o),
-        { tries: 2 }, // attaches wait meanwhile, and the next pass looks anyway
-      );
-    try {
-      await lane(ctx, name).exclusive(end);
-    } catch (error) {
-      if (!OVER_LIMIT.test(errorText(error))) throw error;
-      // The minimum has been raised meanwhile: its owner wants as many as there are.
-      return actOnClaim(ctx, "settle", claim, old, name, options, ended, log);
+  const { claim, old, name, log } = on;
+  switch (what) {
+    case "settle": {
+      const keepProtected = (await ctx.cloud.group(name))?.protectsNew ?? false;
+      await settle(ctx, name, [{ id: claim.id, keepProtected }]);
+      return log.info(`settled ${claim.id}: ${old} has left ${name}`);
     }
-    ctx.state.claims.delete(claim.id);
-    log.info(`ended ${claim.id} in ${name}: it was one too many`);
+    case "remind": {
+      const last = Math.max(ctx.state.actedMs.get(`${claim.id} reminded`) ?? 0, ctx.state.detachSeenMs.get(old) ?? 0);
+      if (ctx.deps.now() - last < LEAK_MS) return; // it is on its way
+      ctx.state.actedMs.set(`${claim.id} reminded`, ctx.deps.now());
+      const oldProtected = (await ctx.cloud.group(name))?.members.get(old)?.isProtected ?? false;
+      const notice = { type: DETACH, kind: "rebalance" as const, id: claim.id, instances: [old] };
+      await sendOwn(ctx, "detach_evt_sqs", notice, { group: name, oldProtected });
+      return log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
+    }
+    case "end outside":
+      if (await ctx.cloud.member(claim.id)) return; // the second read
+      await ctx.cloud.terminate([claim.id]);
+      ctx.state.claims.delete(claim.id);
+      return log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
   }
+  const shown = await ctx.cloud.instance(claim.id);
+  if (shown && isSettled(shown)) return; // another daemon has, a moment ago
+  const data = claim.volumes[DATA_DEVICE];
+  if (data?.ends) return log.error(`${claim.id} is one too many, but ${data.id} at ${DATA_DEVICE} would go with it: left alone`);
+  if (data) log.warn(`${data.id} stays available when ${claim.id} goes; to attach it: ${attachCommand(data.id, "INSTANCE")}`);
+  const input = { InstanceId: claim.id, ShouldDecrementDesiredCapacity: true };
+  const end = () =>
+    aws(
+      ctx,
+      `ending the surplus ${claim.id}`,
+      (o) => ctx.deps.autoScaling.send(new TerminateInstanceInAutoScalingGroupCommand(input), o),
+      { tries: 2 }, // attaches wait meanwhile, and the next pass looks anyway
+    );
+  try {
+    await lane(ctx, name).exclusive(end);
+  } catch (error) {
+    if (!OVER_LIMIT.test(errorText(error))) throw error;
+    // The minimum has been raised meanwhile: its owner wants as many as there are.
+    return actOnClaim(ctx, "settle", on);
+  }
+  ctx.state.claims.delete(claim.id);
+  log.info(`ended ${claim.id} in ${name}: it was one too many`);
 }
 
 /** Puts a maximum that we raised back, once nothing needs it; true while that is to come. */
@@ -5265,12 +5251,9 @@ async function look(ctx: Ctx, isSnapshot: boolean): Promise<void> {
   const advisor = isWanted ? await readAdvisor(ctx) : undefined;
   await Promise.all(
     groups.map(async ([name, { options }]) => {
-      try {
-        await lookAt(ctx, name, options, options.is_enable_preaction ? advisor : undefined);
-      } catch (error) {
-        if (error instanceof Stopped) throw error;
-        deps.log.error(`preaction: ${errorText(error)}; trying again`, { group: name, error: errorName(error) });
-      }
+      const run = () => lookAt(ctx, name, options, options.is_enable_preaction ? advisor : undefined);
+      const log = deps.log.with({ group: name });
+      await orElse(run, undefined, (text, fields) => log.error(`preaction: ${text}; trying again`, fields));
     }),
   );
 }
@@ -5506,6 +5489,14 @@ async function warnings(ctx: Ctx, group: Group, options: GroupOptions, log: Log)
     log.warn("is_enable_preaction is set, and preaction_snapshot_interval_minutes is 0: no snapshot is ever taken");
   if (group.capacityRebalance)
     log.warn(`Capacity Rebalancing of ${name} is on: both would replace the same instance; switch it off`);
+  // AWS's own do not count towards its limit, and two are ours now and then.
+  const tags = Object.keys(group.tags).filter((key) => !/^aws:|^spotmax:(max_size|cooldown)$/.test(key)).length;
+  if (tags > 48)
+    log.warn(`${name} has ${tags} tags, and AWS allows 50: leave room for two, else nothing is attached while it is full`);
+  if (group.warmsToMax)
+    log.warn(
+      `the warm pool of ${name} follows its maximum: it grows while that is raised for a replacement; set its MaxGroupPreparedCapacity`,
+    );
   if (group.suspended.has("Launch"))
     log.warn(`the Launch process of ${name} is suspended: nothing can be attached until it is resumed`);
   if (group.healthCheck.type.includes("ELB") && !group.healthCheck.graceSeconds)
@@ -5578,8 +5569,21 @@ async function checkQueues(ctx: Ctx): Promise<void> {
   );
 }
 
-/** Asks AWS by dry runs whether the role may launch and end instances; only ever warns. */
+/** Asks AWS by dry runs whether the role may launch; only ever warns. They use up the same budget as launches do, which go first. */
 export async function checkPermissions(ctx: Ctx): Promise<void> {
+  for (const [name, { broken }] of ctx.state.groups) {
+    if (broken) continue;
+    do await pause(ctx, 1_000);
+    while (ctx.state.inHand.size);
+    await orElse(
+      () => checkPermission(ctx, name),
+      undefined,
+      (text) => ctx.deps.log.warn(`whether ${name} can be launched from is not known: ${text}`),
+    );
+  }
+}
+
+async function checkPermission(ctx: Ctx, name: string): Promise<void> {
   const ask = async (what: string, send: (o: { abortSignal: AbortSignal }) => Promise<unknown>) => {
     try {
       await aws(ctx, what, send, { tries: 2 });
@@ -5592,67 +5596,54 @@ export async function checkPermissions(ctx: Ctx): Promise<void> {
       else if (errorName(error) !== "DryRunOperation") ctx.deps.log.debug(`dry run: ${errorText(error)}`);
     }
   };
-  for (const [name, { broken, options }] of ctx.state.groups) {
-    const group = broken ? undefined : await ctx.cloud.group(name);
-    if (!group?.template) continue;
-    const data = await templateOf(ctx, group.template);
-    const subnets = await subnetsByZone(ctx, group, data.namesSubnet);
-    const pools = planLaunch({
-      group,
-      old: { type: data.type ?? "", zone: "", weight: 1 },
-      rung: "any spot",
-      alone: true,
-      desperate: true,
-      alt: options.alt,
-      subnets,
-      templateType: data.type,
-      memory: () => undefined,
-    });
-    const [pool] = pools;
-    if (!pool || data.asksForSpot) continue;
-    const tags = [{ Key: TAG.group, Value: name }];
-    const one = await poolRequest(ctx, pool, tags, 1);
-    await ask(`ec2:RunInstances for ${name}, with iam:PassRole`, (o) =>
-      ctx.deps.ec2.send(new RunInstancesCommand({ ...one, DryRun: true }), o),
-    );
-    const request = fleetRequest(group, pools, "spot", tags, 1);
-    await ask(`ec2:CreateFleet for ${name}`, (o) => ctx.deps.ec2.send(new CreateFleetCommand({ ...request, DryRun: true }), o));
-  }
+  const group = await ctx.cloud.group(name);
+  if (!group?.template) return;
+  const [offer] = group.overrides;
+  const { template = group.template, requirements } = offer ?? {};
+  const data = await templateOf(ctx, group.template);
+  if (data.asksForSpot) return;
+  const [[zone, subnet] = ["", undefined]] = await subnetsByZone(ctx, group, data.namesSubnet);
+  const pool: Pool = { type: offer?.type, requirements, zone, subnet, template, priority: 0 };
+  const alts = requirements ? [] : (ctx.state.groups.get(name)?.options.alt ?? []).map((type) => ({ ...pool, type }));
+  const tags = [{ Key: TAG.group, Value: name }];
+  const one = { ...(await poolRequest(ctx, pool, tags, 1)), DryRun: true };
+  const fleet = { ...fleetRequest(group, [pool, ...alts], "spot", tags, 1), DryRun: true };
+  await ask(`ec2:RunInstances for ${name}, with iam:PassRole`, (o) => ctx.deps.ec2.send(new RunInstancesCommand(one), o));
+  await ask(`ec2:CreateFleet for ${name}`, (o) => ctx.deps.ec2.send(new CreateFleetCommand(fleet), o));
 }
 
-/** An AWS error in one line that says what to do. */
+/** AWS's names for a fault, the first of them for all, and what to do. */
+const EXPLAINED: [names: string, text: string][] = [
+  [
+    "AccessDenied AccessDeniedException AllAccessDisabled Forbidden 403 UnauthorizedOperation",
+    "access is denied; give the role the rights of conf/spotmax_init.yml",
+  ],
+  ["ExpiredToken ExpiredTokenException TokenRefreshRequired", "the credentials have expired; renew them and start again"],
+  [
+    "InvalidAccessKeyId InvalidClientTokenId UnrecognizedClientException InvalidToken",
+    "the access key is not known to AWS; check -k, or the environment's AWS_ACCESS_KEY_ID",
+  ],
+  [
+    "SignatureDoesNotMatch InvalidSignatureException AuthFailure",
+    "the secret does not fit the access key; check -p, or the environment's AWS_SECRET_ACCESS_KEY",
+  ],
+  // EC2's word for both.
+  ["RequestExpired", "the credentials have expired, renew them and start again; or this machine's clock is off"],
+  ["RequestTimeTooSkewed RequestInTheFuture", "this machine's clock is off; set it, and keep it set (chrony)"],
+  [
+    "CredentialsProviderError",
+    "no credentials were found; attach the role spotmax_max_group_role to this instance, or pass -k and -p",
+  ],
+  ["QueueDoesNotExist AWS.SimpleQueueService.NonExistentQueue", ""],
+];
+
+/** An AWS error in one line that says what to do; `special` knows better. */
 export function explain(error: unknown, special: Record<string, string> = {}): string {
   const name = errorName(error);
   const code = status(error instanceof Error && error.cause instanceof Error ? error.cause : error);
-  const known: Record<string, string> = {
-    AccessDenied: "access is denied; give the role the rights of conf/spotmax_init.yml",
-    ExpiredToken: "the credentials have expired; renew them and start again",
-    InvalidAccessKeyId: "the access key is not known to AWS; check -k, or the environment's AWS_ACCESS_KEY_ID",
-    SignatureDoesNotMatch: "the secret does not fit the access key; check -p, or the environment's AWS_SECRET_ACCESS_KEY",
-    // EC2's word for both.
-    RequestExpired: "the credentials have expired, renew them and start again; or this machine's clock is off",
-    RequestTimeTooSkewed: "this machine's clock is off; set it, and keep it set (chrony)",
-    CredentialsProviderError:
-      "no credentials were found; attach the role spotmax_max_group_role to this instance, or pass -k and -p",
-  };
-  const alias: Record<string, string> = {
-    AccessDeniedException: "AccessDenied",
-    AllAccessDisabled: "AccessDenied",
-    Forbidden: "AccessDenied",
-    "403": "AccessDenied",
-    UnauthorizedOperation: "AccessDenied",
-    ExpiredTokenException: "ExpiredToken",
-    RequestInTheFuture: "RequestTimeTooSkewed",
-    TokenRefreshRequired: "ExpiredToken",
-    InvalidClientTokenId: "InvalidAccessKeyId",
-    UnrecognizedClientException: "InvalidAccessKeyId",
-    InvalidToken: "InvalidAccessKeyId",
-    InvalidSignatureException: "SignatureDoesNotMatch",
-    AuthFailure: "SignatureDoesNotMatch",
-    "AWS.SimpleQueueService.NonExistentQueue": "QueueDoesNotExist",
-  };
-  const key = special[name] || known[name] ? name : (alias[name] ?? (code === 403 ? "AccessDenied" : name));
-  const text = special[key] ?? known[key];
+  const rowOf = (word: string) => EXPLAINED.find(([names]) => names.split(" ").includes(word));
+  const [names = "", known] = rowOf(name) ?? rowOf(String(code)) ?? [];
+  const text = special[name] ?? special[names.split(" ")[0] ?? ""] ?? known;
   if (text) return text;
   if (
     /ECONN|ENOTFOUND|EAI_AGAIN|ConnectionRefused|FailedToOpenSocket|ConnectionClosed|TimeoutError|ETIMEDOUT|Unable to connect/.test(
@@ -5672,13 +5663,11 @@ async function readFile(ctx: Pick<Ctx, "deps" | "signal">, flags: Flags, name: s
   }
   const where = `s3://${flags.b}/${name}`;
   try {
-    const { Body } = await aws(
-      ctx as Ctx,
-      `reading ${where}`,
-      (o) => ctx.deps.s3.send(new GetObjectCommand({ Bucket: flags.b, Key: name }), o),
-      { tries: 3 },
-    );
-    return (await Body?.transformToString()) ?? "";
+    const read = async (o: { abortSignal: AbortSignal }) => {
+      const { Body } = await ctx.deps.s3.send(new GetObjectCommand({ Bucket: flags.b, Key: name }), o);
+      return (await Body?.transformToString()) ?? "";
+    };
+    return await aws(ctx as Ctx, `reading ${where}`, read, { tries: 3 });
   } catch (cause) {
     const elsewhere = `the bucket is in another region than ${flags.r}; pass its region with -r, or use a bucket of this region`;
     throw new ConfigError(
@@ -5697,11 +5686,16 @@ async function readFile(ctx: Pick<Ctx, "deps" | "signal">, flags: Flags, name: s
   }
 }
 
+async function readConfig(source: Pick<Ctx, "deps" | "signal">, flags: Flags): Promise<Config> {
+  const config = parseConfig(await readFile(source, flags, "service_config.json"));
+  if (flags.t) refuseRealAws(config);
+  return config;
+}
+
 /** Reads configuration and groups again; what fails leaves the last good ones in force. */
 export async function refresh(ctx: Ctx, flags: Flags): Promise<void> {
   try {
-    const config = parseConfig(await readFile(ctx, flags, "service_config.json"));
-    if (flags.t) refuseRealAws(config);
+    const config = await readConfig(ctx, flags);
     if (JSON.stringify(config) !== JSON.stringify(ctx.state.config))
       ctx.deps.log.info("the configuration has changed: using the new one");
     ctx.state.config = config;
@@ -5772,19 +5766,7 @@ export function realDeps(flags: Flags, log: Log): Deps {
     credentials: () => ec2.config.credentials(),
     region: flags.r ?? "",
     now: Date.now,
-    sleep: (ms, signal) =>
-      new Promise((resolve, reject) => {
-        if (signal?.aborted) return reject(signal.reason);
-        const abort = () => {
-          clearTimeout(timer);
-          reject(signal?.reason);
-        };
-        const timer = setTimeout(() => {
-          signal?.removeEventListener("abort", abort);
-          resolve();
-        }, ms);
-        signal?.addEventListener("abort", abort, { once: true });
-      }),
+    sleep: (ms, signal) => setTimer(ms, undefined, { signal }),
     random: Math.random,
     log,
   };
@@ -5850,8 +5832,7 @@ async function load(source: Pick<Ctx, "deps" | "signal">, flags: Flags): Promise
     throw new ConfigError(`AWS_ENDPOINT_URL is no URL: "${endpoint}"; unset it, or give one such as http://127.0.0.1:4566`);
   if (flags.t && !isLoopback(endpoint))
     throw new ConfigError("-t is for local tests: set AWS_ENDPOINT_URL to a loopback address, such as http://127.0.0.1:4566");
-  const config = parseConfig(await readFile(source, flags, "service_config.json"));
-  if (flags.t) refuseRealAws(config);
+  const config = await readConfig(source, flags);
   const publicKey = process.env.MAXGROUP_LICENSE_PUBLIC_KEY;
   const fault = publicKey ? licenseFault(await readFile(source, flags, "license.txt"), publicKey, Date.now()) : undefined;
   if (fault) throw new ConfigError(fault);

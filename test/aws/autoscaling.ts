@@ -20,6 +20,7 @@ import type {
   SetInstanceProtectionQuery,
   TerminateInstanceInAutoScalingGroupType,
   UpdateAutoScalingGroupType,
+  WarmPoolConfiguration,
 } from "@aws-sdk/client-auto-scaling";
 import type { InstanceRequirementsRequest, ResponseLaunchTemplateData } from "@aws-sdk/client-ec2";
 import { AwsError, page, wildcard } from "./basics.ts";
@@ -79,6 +80,7 @@ export interface Group {
   healthCheckGraceSeconds: number;
   activities: Activity[];
   hooks: string[];
+  warmPool?: WarmPoolConfiguration;
   createdAtMs: number;
   /** The request that last changed desired, as activities tell it. */
   lastRequest: string;
@@ -119,6 +121,10 @@ export class AutoScaling {
       const viewMs = this.#world.viewMs();
       const names = input.AutoScalingGroupNames;
       if (input.Filters) throw new Error("the simulator's DescribeAutoScalingGroups knows no filters");
+      if (names?.some((name) => name.length < 1 || name.length > 255))
+        throw refuse(
+          "1 validation error detected: Value at 'autoScalingGroupNames' failed to satisfy constraint: Member must satisfy constraint: [Member must have length less than or equal to 255, Member must have length greater than or equal to 1]",
+        );
       // Unknown names are silently absent.
       const found = [...this.groups.values()].filter((group) => !names?.length || names.includes(group.name));
       const { items, next } = page(found, maxRecords(input.MaxRecords, 50, 100), input.NextToken, badToken);
@@ -417,6 +423,7 @@ export class AutoScaling {
       ...(group.template && { LaunchTemplate: { ...group.template } }),
       ...(group.mixed && { MixedInstancesPolicy: structuredClone(group.mixed) }),
       ...(group.launchConfiguration && { LaunchConfigurationName: group.launchConfiguration }),
+      ...(group.warmPool && { WarmPoolConfiguration: group.warmPool }),
       MinSize: group.min,
       MaxSize: group.max,
       DesiredCapacity: group.desired,

@@ -433,3 +433,143 @@ test("short polls that find nothing are no hot loop", async () => {
   await s.seconds(60);
   expect(s.world.calls["sqs:ReceiveMessage"]).toBeLessThan(3 * 65);
 });
+
+/** Two groups at their maximum, each of which has had one replaced: both maximums are raised and are to come down. */
+async function twoRaised(): Promise<{ s: Stage; raised: () => string[] }> {
+  const s = new Stage({ drainMs: 900_000 });
+  const full = { min: 1, max: 2, desired: 2 };
+  const api = first(s.group({ name: "api", ...full, targetGroups: ["tg"] }));
+  const web = first(s.group({ name: "web", ...full }, { detaching_delay_seconds: 80 }));
+  await s.start();
+  for (const old of [api, web]) s.world.interrupt(old);
+  const raised = () => [...s.world.autoscaling.groups.values()].filter((g) => g.max > 2).map((g) => g.name);
+  await s.until(() => raised().length === 2, 120);
+  return { s, raised };
+}
+
+test("a group that is being deleted does not keep the maximums of others raised", async () => {
+  const { s, raised } = await twoRaised();
+  await s.call("autoscaling", "DeleteAutoScalingGroup", { AutoScalingGroupName: "api", ForceDelete: true });
+  // Nothing says that a forced deletion takes the maximum along.
+  Object.assign(s.world.autoscaling.groups.get("api") ?? {}, { max: 4 });
+  await s.seconds(300);
+  expect([s.world.autoscaling.groups.get("api")?.status !== undefined, raised()]).toEqual([true, ["api"]]);
+  expect(s.lines.filter((line) => line.includes("putting the maximum of api back"))).toEqual([]);
+});
+
+test("a maximum that may not be put back does not keep those of others raised", async () => {
+  const { s, raised } = await twoRaised();
+  s.world.intercept = ({ operation, input }) =>
+    operation === "UpdateAutoScalingGroup" && (input as { AutoScalingGroupName: string }).AutoScalingGroupName === "api"
+      ? { before: new AwsError("AccessDenied", "not yours") }
+      : undefined;
+  await s.seconds(300);
+  expect(raised()).toEqual(["api"]);
+  expect(s.lines.filter((line) => line.includes("putting the maximum of api back")).length).toBe(1);
+  s.world.intercept = undefined;
+  await s.quiet();
+});
+
+test("a claim whose group no group can be called by holds up nobody", async () => {
+  for (const name of ["", "x".repeat(256)]) {
+    const s = new Stage();
+    const old = first(s.group({ name: "web", min: 3, max: 3, desired: 3 }));
+    const stray = s.world.createInstance({ tags: { "spotmax:replaces": "i-0123456789abcdef0", "spotmax:group": name } });
+    await s.start();
+    s.world.interrupt(old);
+    await s.quiet();
+    expect(sizes(s)).toEqual([3, 3, 3]);
+    expect(stray.state).not.toBe("running");
+  }
+});
+
+test("the way out keeps its delay when the group leaves the configuration meanwhile", async () => {
+  const s = new Stage();
+  const old = first(
+    s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 3_600 }),
+  );
+  s.group({ name: "api", ...three });
+  const daemon = await s.start();
+  s.world.rebalance(old);
+  await inService(s);
+  delete s.groups.web;
+  daemon.ctx.state.config = s.config();
+  void maxgroup.checkGroups(daemon.ctx);
+  await s.seconds(3_000);
+  expect(s.world.instance(old).group).toBe("web");
+  await s.quiet(3_600);
+  s.check([old], { web: [3, 5, 3] });
+});
+
+test("of two installations in one region neither hurries the other's replacements", async () => {
+  const s = new Stage();
+  s.group({ name: "api", ...three });
+  const others = s.config();
+  const queues = s.world.createQueues("others-");
+  others.global.interruption_evt_sqs.queue_url = queues.interruption;
+  others.global.detach_evt_sqs.queue_url = queues.detach;
+  others.global.termination_evt_sqs.queue_url = queues.termination;
+  s.groups = {};
+  const old = first(
+    s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 3_600 }),
+  );
+  await s.start();
+  await s.start({ config: others });
+  s.world.rebalance(old);
+  await s.seconds(3_000);
+  expect(s.world.instance(old).group).toBe("web");
+  await s.quiet(3_600);
+  s.check([old], { web: [3, 5, 3] });
+});
+
+test("a configuration whose text never comes does not hold up the refresh for ever", async () => {
+  const s = new Stage();
+  s.group({ name: "web", ...three });
+  const { ctx } = await s.start();
+  const transformToString = () => new Promise(() => undefined);
+  ctx.deps.s3.send = (async () => ({ Body: { transformToString } })) as unknown as typeof ctx.deps.s3.send;
+  let isOver = false;
+  void maxgroup.refresh(ctx, { b: "bucket", t: false, v: false }).then(() => {
+    isOver = true;
+  });
+  await s.until(() => isOver, 120);
+  expect(s.lines.at(-1)).toContain("the last good one stays");
+});
+
+test("what stands in the way of a raised maximum is said at the start: a full row of tags, a warm pool that grows with it", async () => {
+  const s = new Stage();
+  s.group({ name: "web", ...three });
+  s.group({ name: "api", ...three });
+  const web = s.world.autoscaling.groups.get("web");
+  if (web) web.warmPool = { MinSize: 0 };
+  for (let n = 0; n < 49; n++) web?.tags.set(`tag${n}`, { value: "", propagate: false });
+  const api = s.world.autoscaling.groups.get("api");
+  if (api) api.warmPool = { MaxGroupPreparedCapacity: 4 };
+  for (let n = 0; n < 48; n++) api?.tags.set(`tag${n}`, { value: "", propagate: false });
+  for (let n = 0; n < 5; n++) api?.tags.set(`aws:tag${n}`, { value: "", propagate: false });
+  await s.start();
+  const warned = s.lines.filter((line) => line.startsWith("WARN"));
+  expect(warned).toEqual([expect.stringMatching(/web has 49 tags/), expect.stringMatching(/warm pool of web/)]);
+});
+
+test("dry runs: a group whose template is gone keeps no other from being asked for, and real launches go first", async () => {
+  const s = new Stage();
+  s.group({ name: "api", ...three, types: ["m5.large"] });
+  const old = first(s.group({ name: "web", ...three }));
+  const { ctx } = await s.start();
+  const asked: number[] = [];
+  s.world.intercept = ({ operation, input }) => {
+    if ((input as { DryRun?: boolean }).DryRun) asked.push(s.clock.now());
+    const isApi = operation === "DescribeLaunchTemplateVersions" && JSON.stringify(input).includes(templateOf("api"));
+    return isApi ? { before: new AwsError("InvalidLaunchTemplateId.NotFound", "gone") } : undefined;
+  };
+  const templateOf = (name: string) => s.world.autoscaling.groups.get(name)?.template?.LaunchTemplateId ?? "none";
+  s.world.interrupt(old);
+  await s.until(() => ctx.state.inHand.size > 0, 30);
+  void maxgroup.checkPermissions(ctx);
+  await s.until(() => ctx.state.inHand.size === 0, 120);
+  expect(asked).toEqual([]);
+  await s.seconds(30);
+  expect(asked.length).toBe(2);
+  expect(s.lines.some((line) => /^WARN.* api .*gone/.test(line))).toBe(true);
+});

@@ -915,7 +915,9 @@ export class Watch {
           this.find("7", `${what}, and no message of its own was sent`);
       }
       if (queue === "detach" && event.type === DETACH && !sentSince("detach", id) && !sentSince("termination", id)) {
-        const isHard = event.deadlineMs !== undefined;
+        // A minute after its deadline a notice that did not come true is one without.
+        const lapsesMs = (event.deadlineMs ?? 0) + 60_000 + this.#traits.spreadMs;
+        const isHard = event.deadlineMs !== undefined && this.#world.now() < lapsesMs;
         const claims = this.#claimsOf(id).filter((c) => this.#isLiving(c) || this.#wasInService(c));
         if (wasThere && (isHard || (claims.length && this.#canGo(id)))) this.find("7", `${what} while it is still a member`);
         else if (this.letGo.has(id) && this.#isLiving(id) && !group && !expected?.deleted)

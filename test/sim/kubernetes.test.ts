@@ -317,3 +317,15 @@ test("a notice with a hard deadline that follows one without: the pods' time is 
   s.check([old], { web: [3, 5, 3] });
   expect(at("detach", old)).toBeLessThanOrEqual(115.5);
 });
+
+test("a replacement whose node never joins is waited for five minutes after the detach delay, not after twice that", async () => {
+  const { s, kube, old } = scene({ is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 900 });
+  await s.start();
+  kube.joinSeconds = 86_400;
+  s.world.rebalance(old);
+  await s.seconds(900 + 420);
+  const attachedMs = s.world.audit.find((a) => a.what === "attach")?.atMs ?? 0;
+  expect((kube.when(`evict ${old}`) - attachedMs) / 1000).toBeWithin(1_190, 1_230);
+  await s.quiet();
+  s.check([old], { web: [3, 5, 3] });
+});

@@ -25,7 +25,7 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "the maximum is never put back",
-    edits: [[/\(await restoreMaximum\(([^()]*)\)\)/, "false"]],
+    edits: [[/\(await part\([^\n]*restoreMaximum\([^\n]*, true\)\)/, "false"]],
   },
   {
     name: "the maximum is put back without looking twice",
@@ -82,7 +82,7 @@ export const MUTATIONS: Mutation[] = [
     name: "the replacement stays protected from scale-in",
     edits: [
       [/lane\(ctx, name\)\.release\(c\.id\)/, "undefined"],
-      [/await release\(ctx, g\);/, ""],
+      [/await part\([^\n]* release\(ctx, g\)[^\n]*/, ""],
     ],
   },
   {
@@ -152,7 +152,7 @@ export const MUTATIONS: Mutation[] = [
     edits: [[/if \(!snapshot\?\.SnapshotId\) \{/, "if (true) {"]],
   },
   { name: "a copy loses the tags of its volume", edits: [[/=> \[\.\.\.mine, \{/, "=> [{"]] },
-  { name: "volumes that are left are not asked after", edits: [[/await sweepVolumes\(ctx\);/, ""]] },
+  { name: "volumes that are left are not asked after", edits: [[/await part\("volumes", [^\n]*/, ""]] },
   {
     name: "owners of data share a launch",
     edits: [[/const alone = options\.persistence_dev \? work\.instance : "";/, 'const alone = "";']],
@@ -180,7 +180,7 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "pods go before their new node is there",
-    edits: [[/\(await isNodeReady\(ctx, cluster, work, claim\.id, round\)\)/, "true"]],
+    edits: [[/\(await isNode\([^\n]*, isReady\)\)/, "true"]],
   },
   { name: "a drain knows no deadline", edits: [[/: deadlineMs - DRAIN_ENDS_MS;/, ": deadlineMs + 60_000;"]] },
   { name: "pods stay where they are", edits: [[/\{ name: "drain", when: "k8s_node_drain_option", run: drain \},/, ""]] },

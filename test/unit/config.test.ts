@@ -163,6 +163,12 @@ describe("what is refused", () => {
     expect(fault).toMatch(allowed);
   });
 
+  test("a queue that delays no single message, a FIFO queue, is refused", () => {
+    const global = queue("detach_evt_sqs", { queue_url: "https://sqs.example/1/detach.fifo" });
+    const [, fault] = faults(configOf({ web: {} }, { global }));
+    expect(fault).toMatch(/global\.detach_evt_sqs\.queue_url .*detach\.fifo.*standard queue/);
+  });
+
   test("what is needed and missing is named", () => {
     const global = { ...queue("interruption_evt_sqs", { queue_url: undefined }), detach_evt_sqs: undefined };
     const said = faults(configOf({ web: {} }, { global })).join("\n");

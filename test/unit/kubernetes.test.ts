@@ -168,6 +168,9 @@ describe("an EKS token", () => {
     expect(await host("eu-central-1")).toBe("sts.eu-central-1.amazonaws.com");
     expect(await host("us-gov-west-1")).toBe("sts.us-gov-west-1.amazonaws.com");
     expect(await host("cn-north-1")).toBe("sts.cn-north-1.amazonaws.com.cn");
+    expect(await host("eusc-de-east-1")).toBe("sts.eusc-de-east-1.amazonaws.eu");
+    expect(await host("us-iso-east-1")).toBe("sts.us-iso-east-1.c2s.ic.gov");
+    expect(await host("xx-new-1")).toBe("sts.xx-new-1.amazonaws.com");
   });
   test("is signed at AWS's time, whatever this machine's clock says", async () => {
     const url = urlOf(await eksToken(ctx(), { cluster: "c", region: "eu-central-1" }));
