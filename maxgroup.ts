@@ -22,6 +22,7 @@ import {
   AttachInstancesCommand,
   AutoScalingClient,
   type AutoScalingGroup,
+  type AutoScalingInstanceDetails,
   CreateOrUpdateTagsCommand,
   DeleteTagsCommand,
   DescribeAutoScalingGroupsCommand,
@@ -202,14 +203,16 @@ export function nearest(name: string, known: string[]): string | undefined {
   return best && best.d <= Math.max(2, name.length / 3) ? best.k : undefined;
 }
 
+const isObject = (x: unknown): x is Record<string, unknown> => typeof x === "object" && x !== null && !Array.isArray(x);
+
 /** An object that refuses keys it does not know; valibot's own strictObject stops at the first of them. */
 function closed<E extends v.ObjectEntries>(entries: E, also?: { key: RegExp; value: RegExp; allowed: string }) {
   return v.pipe(
-    v.custom<Record<string, unknown>>((x) => typeof x === "object" && x !== null && !Array.isArray(x), "an object"),
+    v.custom<Record<string, unknown>>(isObject, "an object"),
     v.looseObject(entries, "an object"),
     v.rawCheck(({ dataset, addIssue }) => {
       const input: unknown = dataset.value;
-      if (typeof input !== "object" || input === null) return;
+      if (!isObject(input)) return;
       for (const [key, value] of Object.entries(input)) {
         if (Object.hasOwn(entries, key)) continue;
         const near = nearest(key, Object.keys(entries));
@@ -221,7 +224,7 @@ function closed<E extends v.ObjectEntries>(entries: E, also?: { key: RegExp; val
         addIssue({
           message,
           input: value,
-          path: [{ type: "object", origin: "key", input: input as Record<string, unknown>, key, value }],
+          path: [{ type: "object", origin: "key", input, key, value }],
         });
       }
     }),
@@ -236,13 +239,11 @@ const queueKeys = {
   wait_time_seconds: v.optional(wholeNumber(0, 20), 20),
 };
 const groupSchema = v.pipe(
-  v.custom((x) => typeof x === "object" && x !== null && !Array.isArray(x), "an object"),
+  v.custom<Record<string, unknown>>(isObject, "an object"),
   v.transform((x) => {
     // The manual spells this option both ways; two spellings at once would hide one of the values.
-    const { dettaching_delay_seconds: twice, ...rest } = x as Record<string, unknown>;
-    return twice === undefined || "detaching_delay_seconds" in rest
-      ? (x as Record<string, unknown>)
-      : { ...rest, detaching_delay_seconds: twice };
+    const { dettaching_delay_seconds: twice, ...rest } = x;
+    return twice === undefined || "detaching_delay_seconds" in rest ? x : { ...rest, detaching_delay_seconds: twice };
   }),
   closed({ ...GROUP_OPTIONS }, { key: ALT, value: INSTANCE_TYPE, allowed: "an instance type such as m5.large" }),
   v.transform((options) => {
@@ -333,13 +334,10 @@ export function parseConfig(json: string, file = "service_config.json"): Config 
 }
 /** How deeply brackets stand in brackets, strings left out; at least that where it is no JSON. */
 function depthOf(json: string): number {
-  let [depth, most, inString] = [0, 0, false];
-  for (let i = 0; i < json.length; i++) {
-    const c = json[i];
-    if (inString && c === "\\") i++;
-    else if (c === '"') inString = !inString;
-    else if (!inString && (c === "[" || c === "{")) most = Math.max(most, ++depth);
-    else if (!inString && (c === "]" || c === "}")) depth--;
+  let [depth, most] = [0, 0];
+  for (const c of json.replace(/"(?:\\.|[^"\\])*"?/gs, "")) {
+    if (c === "[" || c === "{") most = Math.max(most, ++depth);
+    else if (c === "]" || c === "}") depth--;
   }
   return most;
 }
@@ -1018,27 +1016,23 @@ export function toInstance(i: Instance): Ec2Instance | undefined {
 const isLiving = (i: Ec2Instance | undefined): boolean => i?.state === "pending" || i?.state === "running";
 const isGone = (i: Ec2Instance | undefined) => !i || i.state === "terminated" || i.state === "shutting-down";
 
+const toMember = (i: Omit<AutoScalingInstanceDetails, "AutoScalingGroupName">, group: string): Member => ({
+  id: i.InstanceId ?? "",
+  group,
+  lifecycleState: i.LifecycleState ?? "",
+  zone: i.AvailabilityZone ?? "",
+  type: i.InstanceType ?? "",
+  isProtected: i.ProtectedFromScaleIn ?? false,
+  weight: Number(i.WeightedCapacity ?? 1) || 1,
+});
+
 export function toGroup(g: AutoScalingGroup): Group | undefined {
   if (!g.AutoScalingGroupName) return undefined;
   const name = g.AutoScalingGroupName;
   mustHave(name, g, "MinSize", "MaxSize", "DesiredCapacity");
   for (const i of g.Instances ?? []) mustHave(`a member of ${name}`, i, "InstanceId", "LifecycleState");
   const policy = g.MixedInstancesPolicy;
-  const members = (g.Instances ?? []).flatMap((i) =>
-    i.InstanceId
-      ? [
-          {
-            id: i.InstanceId,
-            group: name,
-            lifecycleState: i.LifecycleState ?? "",
-            zone: i.AvailabilityZone ?? "",
-            type: i.InstanceType ?? "",
-            isProtected: i.ProtectedFromScaleIn ?? false,
-            weight: Number(i.WeightedCapacity ?? 1) || 1,
-          },
-        ]
-      : [],
-  );
+  const members = (g.Instances ?? []).map((i) => toMember(i, name));
   return {
     name,
     min: g.MinSize ?? 0,
@@ -1098,17 +1092,14 @@ export function winner(claims: Ec2Instance[]): Ec2Instance | undefined {
   return claims.filter(isLiving).sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1))[0];
 }
 
+type HowLeft = "decremented" | "substituted" | "unknown";
 const isLeaving = ({ Description = "" }: Activity) => /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
 
 /**
  * How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself.
  * The newest activity that names it tells; one without its cause does not say how.
  */
-export function howItLeft(
-  activities: Activity[],
-  instance: string,
-  detachedTag: boolean,
-): "decremented" | "substituted" | "unknown" {
+export function howItLeft(activities: Activity[], instance: string, detachedTag: boolean): HowLeft {
   for (const activity of activities) {
     if (activity.Cause === undefined || !`${activity.Description} `.includes(`${instance} `)) continue;
     if (!isLeaving(activity)) break; // it came back after whatever stands behind this
@@ -1201,6 +1192,16 @@ function makeCloud(ctx: Ctx) {
       return items.map(() => undefined);
     },
   );
+  const terminate = async (ids: string[]): Promise<void> => {
+    try {
+      await aws(ctx, `terminating ${ids.join(" ")}`, (o) =>
+        deps.ec2.send(new TerminateInstancesCommand({ InstanceIds: ids }), o),
+      );
+    } catch (error) {
+      if (!NOT_FOUND.has(errorName(error))) throw error; // gone already is what was wanted
+      if (ids.length > 1) for (const id of ids) await terminate([id]);
+    }
+  };
   return {
     describe,
     /** By filter, not by ID: an unknown ID is then absent instead of failing the whole call. */
@@ -1224,26 +1225,8 @@ function makeCloud(ctx: Ctx) {
       );
       for (const m of AutoScalingInstances)
         mustHave(m.InstanceId ?? "a member", m, "InstanceId", "AutoScalingGroupName", "LifecycleState");
-      return new Map(
-        AutoScalingInstances.flatMap((m) =>
-          m.InstanceId && m.AutoScalingGroupName
-            ? [
-                [
-                  m.InstanceId,
-                  {
-                    id: m.InstanceId,
-                    group: m.AutoScalingGroupName,
-                    lifecycleState: m.LifecycleState ?? "",
-                    zone: m.AvailabilityZone ?? "",
-                    type: m.InstanceType ?? "",
-                    isProtected: m.ProtectedFromScaleIn ?? false,
-                    weight: Number(m.WeightedCapacity ?? 1) || 1,
-                  },
-                ],
-              ]
-            : [],
-        ),
-      );
+      const members = AutoScalingInstances.map((m) => toMember(m, m.AutoScalingGroupName ?? ""));
+      return new Map(members.map((m) => [m.id, m]));
     }),
     group: reader<Group>(ctx, { limit: 50, parallel: 4 }, async (names) => {
       const { AutoScalingGroups = [] } = await aws(ctx, "reading groups", (o) =>
@@ -1340,19 +1323,10 @@ function makeCloud(ctx: Ctx) {
     /** Just after a launch AWS may not know an ID yet: patience, `patienceMs` long; then those unknown are left out. */
     tag: (ids: string[], tags: Record<string, string>, patienceMs = 0) =>
       ids.length ? tagBatch({ ids, tags, patienceMs }) : Promise.resolve(),
-    terminate: async (ids: string[]) => {
-      try {
-        await aws(ctx, `terminating ${ids.join(" ")}`, (o) =>
-          deps.ec2.send(new TerminateInstancesCommand({ InstanceIds: ids }), o),
-        );
-      } catch (error) {
-        if (!NOT_FOUND.has(errorName(error))) throw error; // gone already is what was wanted
-        if (ids.length > 1) for (const id of ids) await ctx.cloud.terminate([id]);
-      }
-    },
+    terminate,
   };
 }
-export type Cloud = ReturnType<typeof makeCloud> & { terminate: (ids: string[]) => Promise<void> };
+export type Cloud = ReturnType<typeof makeCloud>;
 
 /** A group of the configuration, as the last look at it left it; `faults` are those of its tags. */
 type LookedAfter = { options: GroupOptions; broken?: string; faults?: string };
@@ -1387,7 +1361,7 @@ const newState = (config: Config) => ({
   /** Claims that this process has attached, or tried to without a clear answer. */
   joined: new Set<string>(),
   /** How instances left, where their group's activities told. */
-  left: new Map<string, "decremented" | "substituted" | "unknown">(),
+  left: new Map<string, HowLeft>(),
   /** When a detach message for an old instance was last in hand here. */
   detachSeenMs: new Map<string, number>(),
   /** When the agents of old instances were asked to let their services go: once, whatever came of it. */
@@ -1413,7 +1387,7 @@ const newState = (config: Config) => ({
   volumesSweptMs: Number.NEGATIVE_INFINITY,
   /** The last good copy of the Spot Advisor's data, reduced to this region. */
   advisor: undefined as Advisor | undefined,
-  /** What preaction has said and need not say again. */
+  /** What has been said and need not be said again. */
   said: new Set<string>(),
   /** Members that this process asked to have replaced, their group, and when: the message may not be seen yet. */
   asked: new Map<string, { group: string; atMs: number }>(),
@@ -2634,21 +2608,13 @@ function refused(ctx: Ctx, { group, pools, lifecycle }: Launch, error: unknown):
 /** Remembers what was launched, and gives a batch its order. */
 async function noteClaims(ctx: Ctx, { tags, count, lifecycle }: Launch, ids: string[]): Promise<void> {
   const order: Record<string, string> = count > 1 ? { [TAG.order]: ids.join(" ") } : {};
-  const tagged = { ...Object.fromEntries(tags.map(({ Key, Value }) => [Key, Value])), ...order };
-  const claim = {
-    type: "",
-    zone: "",
-    state: "pending",
-    stateReason: "",
-    spot: lifecycle === "spot",
-    platform: "Linux" as const,
-    architecture: "",
-    virtualization: "",
-    launchedMs: cloudNow(ctx),
-    tags: tagged,
-    volumes: {},
-  };
-  for (const id of ids) ctx.state.claims.set(id, { id, ...claim });
+  const Tags = [...tags, ...Object.entries(order).map(([Key, Value]) => ({ Key, Value }))];
+  const InstanceLifecycle = lifecycle === "spot" ? lifecycle : undefined;
+  const LaunchTime = new Date(cloudNow(ctx));
+  for (const id of ids) {
+    const claim = toInstance({ InstanceId: id, State: { Name: "pending" }, LaunchTime, InstanceLifecycle, Tags });
+    if (claim) ctx.state.claims.set(id, claim);
+  }
   if (count > 1 && ids.length) await ctx.cloud.tag(ids, order, 10_000);
 }
 
@@ -2906,7 +2872,7 @@ const ALREADY_IN = /already part of AutoScalingGroup:\s*([^\s.,]+)/;
 const isStaying = (m: Member | undefined): m is Member =>
   m !== undefined && (m.lifecycleState === "InService" || m.lifecycleState.startsWith("Pending"));
 
-async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<ReturnType<typeof howItLeft>> {
+async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<HowLeft> {
   const known = ctx.state.left.get(old);
   if (known) return known;
   const [activities, instance] = await Promise.all([ctx.cloud.activities(`${group} ${old}`), ctx.cloud.instance(old)]);
@@ -2920,7 +2886,7 @@ async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<ReturnT
  * What became of the one that a claim stands for in the end: where that was itself a claim nobody had settled yet, its
  * own old one decides, for each attach in the chain has added one to desired.
  */
-async function fateOf(ctx: Ctx, group: Group, old: string, depth = 0): Promise<"staying" | ReturnType<typeof howItLeft>> {
+async function fateOf(ctx: Ctx, group: Group, old: string, depth = 0): Promise<"staying" | HowLeft> {
   if (isStaying(group.members.get(old))) return "staying";
   const how = await howOldLeft(ctx, group.name, old);
   if (how !== "decremented" || depth > 6) return how;
@@ -4817,7 +4783,7 @@ export function judgeClaim(x: {
   isLetGo: boolean;
   outsideMs: number;
   ageMs: number;
-  old: "staying" | "decremented" | "substituted" | "unknown";
+  old: "staying" | HowLeft;
   watchedMs: number;
   membersInService: number;
   desired: number;
