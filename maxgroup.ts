@@ -769,7 +769,7 @@ function paced<C extends { send: unknown }>(ctx: Ctx, service: "ec2" | "autoscal
 // What is asked for in the same turn, or while earlier calls are under way, shares the next call. Nobody waits
 // for a timer: an idle batcher sends a lone item at once, a busy one fills its calls by itself.
 
-type Batcher<K, V> = { (item: K): Promise<V>; waiting: () => number };
+type Batcher<K, V> = (item: K) => Promise<V>;
 
 /**
  * `run` gets up to `limit` items that are `alike` and answers with one value or Error for each, in order. While a
@@ -834,7 +834,7 @@ export function batcher<K, V>(
       while (ready()) void flush(kind, queued);
     }
   };
-  const add = (item: K) =>
+  return (item) =>
     new Promise<V>((resolve, reject) => {
       const kind = alike(item);
       const queued = queues.get(kind);
@@ -847,7 +847,6 @@ export function batcher<K, V>(
         pump();
       });
     });
-  return Object.assign(add, { waiting: () => queues.values().reduce((sum, q) => sum + q.length, 0) });
 }
 
 /** In a wave so many calls of one kind in so long leave at once; then one waits for company, half a second or until it is full. */
@@ -1467,12 +1466,13 @@ type NoticeKind = {
   option?: "is_to_handle_rebalance_event" | "is_to_handle_maintenance_event";
   /** From the event's time until the instance goes; absent: it may stay. */
   deadlineSeconds?: number;
-  /** The IDs in the event's detail; an empty list: not for us. Throws where the detail is broken. */
-  read: (detail: unknown) => string[];
+  /** The IDs in the event's detail, by default its one; an empty list: not for us. Throws where the detail is broken. */
+  read?: (detail: unknown) => string[];
   /** The detail of a copy for one of them: what `read` needs and no more, for ten copies share 256 KiB. */
   write?: (instance: string) => object;
 };
 const oneInstance = v.object({ "instance-id": instanceId });
+const readOne = (detail: unknown) => [v.parse(oneInstance, detail)["instance-id"]];
 const healthEvent = v.object({
   service: v.string(),
   eventTypeCategory: v.string(),
@@ -1484,12 +1484,10 @@ const NOTICES: Record<string, NoticeKind> = {
   "EC2 Spot Instance Interruption Warning": {
     kind: "interruption",
     deadlineSeconds: 120,
-    read: (detail) => [v.parse(oneInstance, detail)["instance-id"]],
   },
   "EC2 Instance Rebalance Recommendation": {
     kind: "rebalance",
     option: "is_to_handle_rebalance_event",
-    read: (detail) => [v.parse(oneInstance, detail)["instance-id"]],
   },
   "AWS Health Event": {
     kind: "maintenance",
@@ -1503,18 +1501,15 @@ const NOTICES: Record<string, NoticeKind> = {
     },
     write: (entityValue) => ({ service: "EC2", eventTypeCategory: "scheduledChange", affectedEntities: [{ entityValue }] }),
   },
-  "MaxGroup Preaction": {
-    kind: "preaction",
-    read: (detail) => [v.parse(oneInstance, detail)["instance-id"]],
-  },
+  "MaxGroup Preaction": { kind: "preaction" },
 };
 const PREACTION = "MaxGroup Preaction";
 const DETACH = "MaxGroup Detach";
 const TERMINATION = "MaxGroup Termination";
 
-/** What travels in every copy and follow-up, so that what is begun is finished with the options it began with. */
 /** Until the year 2100: what lies beyond is no time that anybody meant, and a Date may not hold it. */
 const momentMs = v.pipe(v.number(), v.minValue(0), v.maxValue(Date.UTC(2100)));
+/** What travels in every copy and follow-up, so that what is begun is finished with the options it began with. */
 const carriedSchema = v.object({
   group: groupName,
   kind: v.picklist(["interruption", "rebalance", "maintenance", "preaction"]),
@@ -1586,13 +1581,13 @@ export function readNotice(
     return {
       ...common,
       kind: event.maxgroup.kind,
-      instances: [parseDetail(type, () => v.parse(oneInstance, event.detail)["instance-id"])],
+      instances: parseDetail(type, () => readOne(event.detail)),
     };
   }
   const row = Object.hasOwn(NOTICES, type) ? NOTICES[type] : undefined;
   if (!row) return { notOurs: `events of type "${type}" are not for max_group` };
   if (type === PREACTION && !event.maxgroup) throw new Error(`a ${type} message without its "maxgroup" part`);
-  const instances = parseDetail(type, () => row.read(event.detail));
+  const instances = parseDetail(type, () => (row.read ?? readOne)(event.detail));
   if (queue !== "interruption_evt_sqs") return { belongsOn: "interruption_evt_sqs", type };
   if (!instances.length) return { notOurs: `this "${type}" names no EC2 instance to be moved` };
   return { ...common, kind: row.kind, instances };
@@ -1682,8 +1677,8 @@ export const TABLE: Record<QueueName, Step[]> = {
   ],
 };
 
-/** One message in hand, for one old instance, and what its steps have found out so far. */
-export type Work = {
+/** A message as it came. */
+type Received = {
   queue: QueueName;
   queueUrl: string;
   body: string;
@@ -1692,6 +1687,9 @@ export type Work = {
   /** How often the queue has delivered it. */
   received: number;
   notice: Notice;
+};
+/** One message in hand, for one old instance, and what its steps have found out so far. */
+export type Work = Received & {
   instance: string;
   group: string;
   options: GroupOptions;
@@ -1809,6 +1807,13 @@ async function hold(ctx: Ctx, work: Work, seconds: number): Promise<void> {
   }
 }
 
+/** Short leases from now on, where there is a hard deadline. */
+function shorten(ctx: Ctx, work: Work): void {
+  if (work.deadlineMs === undefined || work.leaseSeconds === LEASE_SECONDS) return;
+  work.leaseSeconds = LEASE_SECONDS;
+  void hold(ctx, work, LEASE_SECONDS);
+}
+
 /** A received message: read, handled, and then deleted, replaced by a copy, or left to come again. Never throws. */
 async function take(ctx: Ctx, queue: QueueName, queueUrl: string, message: Message): Promise<void> {
   const { Body: body = "", ReceiptHandle: receipt = "", MessageId = receipt, Attributes = {} } = message;
@@ -1850,38 +1855,23 @@ async function take(ctx: Ctx, queue: QueueName, queueUrl: string, message: Messa
       return;
     }
     if (notice.instances.length > 1) await split(ctx, queueUrl, receipt, body, notice, log);
-    else await handle(ctx, key, newWork(ctx, queue, queueUrl, body, receipt, firstReceivedMs, received, notice));
+    else await handle(ctx, key, newWork(ctx, { queue, queueUrl, body, receipt, firstReceivedMs, received, notice }));
   } catch (error) {
     if (!(error instanceof Stopped))
       log.error(`handling a message of ${queue}: ${errorText(error)}`, { error: errorName(error) });
   }
 }
 
-function newWork(
-  ctx: Ctx,
-  queue: QueueName,
-  queueUrl: string,
-  body: string,
-  receipt: string,
-  firstReceivedMs: number,
-  received: number,
-  notice: Notice,
-): Work {
+function newWork(ctx: Ctx, received: Received): Work {
+  const { queue, notice } = received;
   const [instance = ""] = notice.instances;
   const { carried } = notice;
-  const deadlineMs = carried?.deadlineMs;
   return {
-    queue,
-    queueUrl,
-    body,
-    receipt,
-    firstReceivedMs,
-    received,
-    notice,
+    ...received,
     instance,
     group: carried?.group ?? "",
     options: carried?.options ?? v.parse(groupSchema, {}),
-    deadlineMs,
+    deadlineMs: carried?.deadlineMs,
     oldProtected: carried?.oldProtected ?? false,
     detachSent: carried?.detachSent ?? false,
     better: carried?.better,
@@ -2012,7 +2002,8 @@ async function sendOwn(
   carried: Pick<Work, "group"> & Partial<Work>,
 ): Promise<void> {
   const notice: Notice = { ...what, timeMs: undefined, carried: undefined };
-  const work = newWork(ctx, to, "", "", "", ctx.deps.now(), 1, notice);
+  const received = { queue: to, queueUrl: "", body: "", receipt: "", firstReceivedMs: ctx.deps.now(), received: 1, notice };
+  const work = newWork(ctx, received);
   const options = ctx.state.groups.get(carried.group)?.options ?? work.options;
   await sendFollowUp(ctx, { ...work, options, ...carried }, to, what.type, 0);
 }
@@ -2068,10 +2059,7 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   if (row?.deadlineSeconds === undefined) return admit(ctx, work, old);
   const first = work.deadlineMs === undefined;
   work.deadlineMs ??= deadlineOf(notice.timeMs, work.firstReceivedMs, cloudNow(ctx), row.deadlineSeconds * 1000);
-  if (work.leaseSeconds !== LEASE_SECONDS) {
-    work.leaseSeconds = LEASE_SECONDS;
-    void hold(ctx, work, LEASE_SECONDS);
-  }
+  shorten(ctx, work);
   const left = Math.round((work.deadlineMs - cloudNow(ctx)) / 1000);
   if (first) work.log.info(`${notice.kind} notice: replacing ${instance} within ${left} s`, { type: old?.type, zone: old?.zone });
   if (old?.spot) remember(ctx, "spot", old.type, old.zone, RECLAIMED_MS, "reclaimed");
@@ -3123,10 +3111,7 @@ async function standIn(ctx: Ctx, group: Group, old: string, depth = 0): Promise<
 
 /** On the way out: short leases where there is a hard deadline, and a note for the instance manager. */
 function hurry(ctx: Ctx, work: Work): void {
-  if (work.deadlineMs !== undefined && work.leaseSeconds !== LEASE_SECONDS) {
-    work.leaseSeconds = LEASE_SECONDS;
-    void hold(ctx, work, LEASE_SECONDS);
-  }
+  shorten(ctx, work);
   ctx.state.detachSeenMs.set(work.instance, ctx.deps.now());
 }
 /** A minute past its deadline and still in service: the notice did not come true, and there is no hurry any more. */
