@@ -518,27 +518,27 @@ const CAPACITY = new Set(
 /** Not there: success where absence was wanted, patience just after a launch. */
 const NOT_FOUND = new Set(["InvalidInstanceID.NotFound", "InvalidInstanceID.Malformed", "InvalidID"]);
 
-/** The AWS error's name, through whatever it was wrapped in, and without the "Fault" that the SDK puts behind some. */
+/** The error itself, under whatever it was wrapped in. */
+const root = (error: unknown): unknown => (error instanceof Error && error.cause instanceof Error ? root(error.cause) : error);
+/** Its name, without the "Fault" that the SDK puts behind some. */
 export function errorName(error: unknown): string {
-  if (!(error instanceof Error)) return String(error);
-  if (error.cause instanceof Error) return errorName(error.cause);
-  return error.name === "Error" && "code" in error && typeof error.code === "string"
-    ? error.code
-    : error.name.replace(/Fault$/, "");
+  const at = root(error);
+  if (!(at instanceof Error)) return String(at);
+  return at.name === "Error" && "code" in at && typeof at.code === "string" ? at.code : at.name.replace(/Fault$/, "");
 }
 function errorText(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   return error.cause instanceof Error ? `${error.message}: ${errorText(error.cause)}` : error.message || error.name;
 }
-const status = (error: unknown): number => {
-  const meta = error instanceof Error && "$metadata" in error ? (error.$metadata as { httpStatusCode?: number }) : {};
-  return meta.httpStatusCode ?? 0;
-};
+const status = (error: unknown): number =>
+  error instanceof Error
+    ? ((error as { $metadata?: { httpStatusCode?: number } }).$metadata?.httpStatusCode ?? status(error.cause))
+    : 0;
 const isRetryable = (error: unknown) =>
   !CAPACITY.has(errorName(error)) && // some of which come as HTTP 500
-  (RETRYABLE.has(errorName(error)) || status(error instanceof Error && error.cause ? error.cause : error) >= 500);
-/** The instance IDs that an error's text names. */
-const named = (error: unknown) => errorText(error).match(/\bi-[0-9a-f]{8,17}\b/g) ?? [];
+  (RETRYABLE.has(errorName(error)) || status(error) >= 500);
+/** The instance IDs that an error's own text names, whatever was being done. */
+const named = (error: unknown) => errorText(root(error)).match(/\bi-[0-9a-f]{8,17}\b/g) ?? [];
 
 /**
  * AWS's time, ms since 1970, as the first receipts of messages tell it: deadlines and ages are counted in it, for this
@@ -1121,7 +1121,7 @@ async function tagAll(ctx: Ctx, ids: string[], tags: Record<string, string>, pat
         await pause(ctx, 1_000);
         continue;
       }
-      const unknown = new Set(named((error as Error).cause));
+      const unknown = new Set(named(error));
       left = left.filter((id) => !unknown.has(id));
       if (left.length === Resources.length) throw error;
     }
@@ -2959,7 +2959,7 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
       group = await ctx.cloud.group(name);
       if (OVER_LIMIT.test(text) && rounds < 5) continue; // somebody else took the room: read again, raise again
       for (const i of wanted) if (group?.members.has(i.claim)) attached(i.claim);
-      const blamed = named((error as Error).cause).filter((id) => ids.includes(id));
+      const blamed = named(error).filter((id) => ids.includes(id));
       // An answer was lost: AWS knows it as a member, whatever a describe that lags behind says.
       if (ALREADY_IN.exec(text)?.[1] === name) for (const id of ids.length === 1 ? ids : blamed) attached(id);
       const refused = ids.length === 1 ? ids : blamed.length < ids.length ? blamed : [];
@@ -3242,7 +3242,7 @@ async function detachBatch(ctx: Ctx, name: string, items: DetachItem[]): Promise
       if (isRetryable(error) || errorName(error) !== "ValidationError") throw error;
       group = await ctx.cloud.group(name);
       for (const id of ids) if (!isStaying(group?.members.get(id))) verdicts.set(id, "left");
-      const blamed = named((error as Error).cause).filter((id) => ids.includes(id));
+      const blamed = named(error).filter((id) => ids.includes(id));
       if (ids.length === 1)
         for (const id of ids) verdicts.set(id, verdicts.get(id) ?? (OVER_LIMIT.test(text) ? "refused" : "not ready"));
       else if (blamed.length && blamed.length < ids.length)
@@ -5484,7 +5484,7 @@ async function checkPermissions(ctx: Ctx): Promise<void> {
 /** An AWS error in one line that says what to do. */
 export function explain(error: unknown, special: Record<string, string> = {}): string {
   const name = errorName(error);
-  const code = status(error instanceof Error && error.cause instanceof Error ? error.cause : error);
+  const code = status(error);
   const known: Record<string, string> = {
     AccessDenied: "access is denied; give the role the rights of conf/spotmax_init.yml",
     ExpiredToken: "the credentials have expired; renew them and start again",
