@@ -23,6 +23,7 @@ import {
   AttachInstancesCommand,
   AutoScalingClient,
   type AutoScalingGroup,
+  type AutoScalingInstanceDetails,
   CreateOrUpdateTagsCommand,
   DeleteTagsCommand,
   DescribeAutoScalingGroupsCommand,
@@ -206,14 +207,16 @@ export function nearest(name: string, known: string[]): string | undefined {
   return best && best.d <= Math.max(2, name.length / 3) ? best.k : undefined;
 }
 
+const isObject = (x: unknown): x is Record<string, unknown> => typeof x === "object" && x !== null && !Array.isArray(x);
+
 /** An object that refuses keys it does not know; valibot's own strictObject stops at the first of them. */
 function closed<E extends v.ObjectEntries>(entries: E, also?: { key: RegExp; value: RegExp; allowed: string }) {
   return v.pipe(
-    v.custom<Record<string, unknown>>((x) => typeof x === "object" && x !== null && !Array.isArray(x), "an object"),
+    v.custom<Record<string, unknown>>(isObject, "an object"),
     v.looseObject(entries, "an object"),
     v.rawCheck(({ dataset, addIssue }) => {
       const input: unknown = dataset.value;
-      if (typeof input !== "object" || input === null) return;
+      if (!isObject(input)) return;
       for (const [key, value] of Object.entries(input)) {
         if (Object.hasOwn(entries, key)) continue;
         const near = nearest(key, Object.keys(entries));
@@ -225,7 +228,7 @@ function closed<E extends v.ObjectEntries>(entries: E, also?: { key: RegExp; val
         addIssue({
           message,
           input: value,
-          path: [{ type: "object", origin: "key", input: input as Record<string, unknown>, key, value }],
+          path: [{ type: "object", origin: "key", input, key, value }],
         });
       }
     }),
@@ -241,13 +244,11 @@ const queueKeys = {
   wait_time_seconds: v.optional(wholeNumber(0, 20), 20),
 };
 const groupSchema = v.pipe(
-  v.custom((x) => typeof x === "object" && x !== null && !Array.isArray(x), "an object"),
+  v.custom<Record<string, unknown>>(isObject, "an object"),
   v.transform((x) => {
     // The manual spells this option both ways; two spellings at once would hide one of the values.
-    const { dettaching_delay_seconds: twice, ...rest } = x as Record<string, unknown>;
-    return twice === undefined || "detaching_delay_seconds" in rest
-      ? (x as Record<string, unknown>)
-      : { ...rest, detaching_delay_seconds: twice };
+    const { dettaching_delay_seconds: twice, ...rest } = x;
+    return twice === undefined || "detaching_delay_seconds" in rest ? x : { ...rest, detaching_delay_seconds: twice };
   }),
   closed({ ...GROUP_OPTIONS }, { key: ALT, value: INSTANCE_TYPE, allowed: "an instance type such as m5.large" }),
   v.transform((options) => {
@@ -338,13 +339,10 @@ export function parseConfig(json: string, file = "service_config.json"): Config 
 }
 /** How deeply brackets stand in brackets, strings left out; at least that where it is no JSON. */
 function depthOf(json: string): number {
-  let [depth, most, inString] = [0, 0, false];
-  for (let i = 0; i < json.length; i++) {
-    const c = json[i];
-    if (inString && c === "\\") i++;
-    else if (c === '"') inString = !inString;
-    else if (!inString && (c === "[" || c === "{")) most = Math.max(most, ++depth);
-    else if (!inString && (c === "]" || c === "}")) depth--;
+  let [depth, most] = [0, 0];
+  for (const c of json.replace(/"(?:\\.|[^"\\])*"?/gs, "")) {
+    if (c === "[" || c === "{") most = Math.max(most, ++depth);
+    else if (c === "]" || c === "}") depth--;
   }
   return most;
 }
@@ -525,27 +523,27 @@ const CAPACITY = new Set(
 /** Not there: success where absence was wanted, patience just after a launch. */
 const NOT_FOUND = new Set(["InvalidInstanceID.NotFound", "InvalidInstanceID.Malformed", "InvalidID"]);
 
-/** The AWS error's name, through whatever it was wrapped in, and without the "Fault" that the SDK puts behind some. */
+/** The error itself, under whatever it was wrapped in. */
+const root = (error: unknown): unknown => (error instanceof Error && error.cause instanceof Error ? root(error.cause) : error);
+/** Its name, without the "Fault" that the SDK puts behind some. */
 export function errorName(error: unknown): string {
-  if (!(error instanceof Error)) return String(error);
-  if (error.cause instanceof Error) return errorName(error.cause);
-  return error.name === "Error" && "code" in error && typeof error.code === "string"
-    ? error.code
-    : error.name.replace(/Fault$/, "");
+  const at = root(error);
+  if (!(at instanceof Error)) return String(at);
+  return at.name === "Error" && "code" in at && typeof at.code === "string" ? at.code : at.name.replace(/Fault$/, "");
 }
 function errorText(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   return error.cause instanceof Error ? `${error.message}: ${errorText(error.cause)}` : error.message || error.name;
 }
-const status = (error: unknown): number => {
-  const meta = error instanceof Error && "$metadata" in error ? (error.$metadata as { httpStatusCode?: number }) : {};
-  return meta.httpStatusCode ?? 0;
-};
+const status = (error: unknown): number =>
+  error instanceof Error
+    ? ((error as { $metadata?: { httpStatusCode?: number } }).$metadata?.httpStatusCode ?? status(error.cause))
+    : 0;
 const isRetryable = (error: unknown) =>
   !CAPACITY.has(errorName(error)) && // some of which come as HTTP 500
-  (RETRYABLE.has(errorName(error)) || status(error instanceof Error && error.cause ? error.cause : error) >= 500);
-/** The instance IDs that an error's text names. */
-const named = (error: unknown) => errorText(error).match(/\bi-[0-9a-f]{8,17}\b/g) ?? [];
+  (RETRYABLE.has(errorName(error)) || status(error) >= 500);
+/** The instance IDs that an error's own text names, whatever was being done. */
+const named = (error: unknown) => errorText(root(error)).match(/\bi-[0-9a-f]{8,17}\b/g) ?? [];
 
 /**
  * AWS's time, ms since 1970, as the first receipts of messages tell it: deadlines and ages are counted in it, for this
@@ -792,7 +790,7 @@ function paced<C extends { send: unknown }>(ctx: Ctx, service: "ec2" | "autoscal
 // What is asked for in the same turn, or while earlier calls are under way, shares the next call. Nobody waits
 // for a timer: an idle batcher sends a lone item at once, a busy one fills its calls by itself.
 
-type Batcher<K, V> = { (item: K): Promise<V>; waiting: () => number };
+type Batcher<K, V> = (item: K) => Promise<V>;
 
 /**
  * `run` gets up to `limit` items that are `alike` and answers with one value or Error for each, in order. While a
@@ -857,7 +855,7 @@ export function batcher<K, V>(
       while (ready()) void flush(kind, queued);
     }
   };
-  const add = (item: K) =>
+  return (item) =>
     new Promise<V>((resolve, reject) => {
       const kind = alike(item);
       const queued = queues.get(kind);
@@ -870,7 +868,6 @@ export function batcher<K, V>(
         pump();
       });
     });
-  return Object.assign(add, { waiting: () => queues.values().reduce((sum, q) => sum + q.length, 0) });
 }
 
 /** In a wave so many calls of one kind in so long leave at once; then one waits for company, half a second or until it is full. */
@@ -1041,27 +1038,23 @@ export function toInstance(i: Instance): Ec2Instance | undefined {
 const isLiving = (i: Ec2Instance | undefined): boolean => i?.state === "pending" || i?.state === "running";
 const isGone = (i: Ec2Instance | undefined) => !i || i.state === "terminated" || i.state === "shutting-down";
 
+const toMember = (i: Omit<AutoScalingInstanceDetails, "AutoScalingGroupName">, group: string): Member => ({
+  id: i.InstanceId ?? "",
+  group,
+  lifecycleState: i.LifecycleState ?? "",
+  zone: i.AvailabilityZone ?? "",
+  type: i.InstanceType ?? "",
+  isProtected: i.ProtectedFromScaleIn ?? false,
+  weight: Number(i.WeightedCapacity ?? 1) || 1,
+});
+
 export function toGroup(g: AutoScalingGroup): Group | undefined {
   if (!g.AutoScalingGroupName) return undefined;
   const name = g.AutoScalingGroupName;
   mustHave(name, g, "MinSize", "MaxSize", "DesiredCapacity");
   for (const i of g.Instances ?? []) mustHave(`a member of ${name}`, i, "InstanceId", "LifecycleState");
   const policy = g.MixedInstancesPolicy;
-  const members = (g.Instances ?? []).flatMap((i) =>
-    i.InstanceId
-      ? [
-          {
-            id: i.InstanceId,
-            group: name,
-            lifecycleState: i.LifecycleState ?? "",
-            zone: i.AvailabilityZone ?? "",
-            type: i.InstanceType ?? "",
-            isProtected: i.ProtectedFromScaleIn ?? false,
-            weight: Number(i.WeightedCapacity ?? 1) || 1,
-          },
-        ]
-      : [],
-  );
+  const members = (g.Instances ?? []).map((i) => toMember(i, name));
   return {
     name,
     min: g.MinSize ?? 0,
@@ -1122,17 +1115,14 @@ export function winner(claims: Ec2Instance[]): Ec2Instance | undefined {
   return claims.filter(isLiving).sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1))[0];
 }
 
+type HowLeft = "decremented" | "substituted" | "unknown";
 const isLeaving = ({ Description = "" }: Activity) => /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
 
 /**
  * How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself.
  * The newest activity that names it tells; one without its cause does not say how.
  */
-export function howItLeft(
-  activities: Activity[],
-  instance: string,
-  detachedTag: boolean,
-): "decremented" | "substituted" | "unknown" {
+export function howItLeft(activities: Activity[], instance: string, detachedTag: boolean): HowLeft {
   for (const activity of activities) {
     if (activity.Cause === undefined || !`${activity.Description} `.includes(`${instance} `)) continue;
     if (!isLeaving(activity)) break; // it came back after whatever stands behind this
@@ -1155,7 +1145,7 @@ async function tagAll(ctx: Ctx, ids: string[], tags: Record<string, string>, pat
         await pause(ctx, 1_000);
         continue;
       }
-      const unknown = new Set(named((error as Error).cause));
+      const unknown = new Set(named(error));
       left = left.filter((id) => !unknown.has(id));
       if (left.length === Resources.length) throw error;
     }
@@ -1225,6 +1215,16 @@ function makeCloud(ctx: Ctx) {
       return items.map(() => undefined);
     },
   );
+  const terminate = async (ids: string[]): Promise<void> => {
+    try {
+      await aws(ctx, `terminating ${ids.join(" ")}`, (o) =>
+        deps.ec2.send(new TerminateInstancesCommand({ InstanceIds: ids }), o),
+      );
+    } catch (error) {
+      if (!NOT_FOUND.has(errorName(error))) throw error; // gone already is what was wanted
+      if (ids.length > 1) for (const id of ids) await terminate([id]);
+    }
+  };
   return {
     describe,
     /** By filter, not by ID: an unknown ID is then absent instead of failing the whole call. */
@@ -1261,26 +1261,8 @@ function makeCloud(ctx: Ctx) {
       );
       for (const m of AutoScalingInstances)
         mustHave(m.InstanceId ?? "a member", m, "InstanceId", "AutoScalingGroupName", "LifecycleState");
-      return new Map(
-        AutoScalingInstances.flatMap((m) =>
-          m.InstanceId && m.AutoScalingGroupName
-            ? [
-                [
-                  m.InstanceId,
-                  {
-                    id: m.InstanceId,
-                    group: m.AutoScalingGroupName,
-                    lifecycleState: m.LifecycleState ?? "",
-                    zone: m.AvailabilityZone ?? "",
-                    type: m.InstanceType ?? "",
-                    isProtected: m.ProtectedFromScaleIn ?? false,
-                    weight: Number(m.WeightedCapacity ?? 1) || 1,
-                  },
-                ],
-              ]
-            : [],
-        ),
-      );
+      const members = AutoScalingInstances.map((m) => toMember(m, m.AutoScalingGroupName ?? ""));
+      return new Map(members.map((m) => [m.id, m]));
     }),
     group: reader<Group>(ctx, { limit: 50, parallel: 4 }, async (names) => {
       const { AutoScalingGroups = [] } = await aws(ctx, "reading groups", (o) =>
@@ -1379,19 +1361,10 @@ function makeCloud(ctx: Ctx) {
     /** Just after a launch AWS may not know an ID yet: patience, `patienceMs` long; then those unknown are left out. */
     tag: (ids: string[], tags: Record<string, string>, patienceMs = 0) =>
       ids.length ? tagBatch({ ids, tags, patienceMs }) : Promise.resolve(),
-    terminate: async (ids: string[]) => {
-      try {
-        await aws(ctx, `terminating ${ids.join(" ")}`, (o) =>
-          deps.ec2.send(new TerminateInstancesCommand({ InstanceIds: ids }), o),
-        );
-      } catch (error) {
-        if (!NOT_FOUND.has(errorName(error))) throw error; // gone already is what was wanted
-        if (ids.length > 1) for (const id of ids) await ctx.cloud.terminate([id]);
-      }
-    },
+    terminate,
   };
 }
-export type Cloud = ReturnType<typeof makeCloud> & { terminate: (ids: string[]) => Promise<void> };
+export type Cloud = ReturnType<typeof makeCloud>;
 
 /** A group of the configuration, as the last look at it left it; `faults` are those of its tags. */
 type LookedAfter = { options: GroupOptions; broken?: string; faults?: string };
@@ -1426,7 +1399,7 @@ const newState = (config: Config) => ({
   /** Claims that this process has attached, or tried to without a clear answer. */
   joined: new Set<string>(),
   /** How instances left, where their group's activities told. */
-  left: new Map<string, "decremented" | "substituted" | "unknown">(),
+  left: new Map<string, HowLeft>(),
   /** When a detach message for an old instance was last in hand here. */
   detachSeenMs: new Map<string, number>(),
   /** When the agents of old instances were asked to let their services go: once, whatever came of it. */
@@ -1452,7 +1425,7 @@ const newState = (config: Config) => ({
   volumesSweptMs: Number.NEGATIVE_INFINITY,
   /** The last good copy of the Spot Advisor's data, reduced to this region. */
   advisor: undefined as Advisor | undefined,
-  /** What preaction has said and need not say again. */
+  /** What has been said and need not be said again. */
   said: new Set<string>(),
   /** Members that this process asked to have replaced, their group, and when: the message may not be seen yet. */
   asked: new Map<string, { group: string; atMs: number }>(),
@@ -1532,12 +1505,13 @@ type NoticeKind = {
   option?: "is_to_handle_rebalance_event" | "is_to_handle_maintenance_event";
   /** From the event's time until the instance goes; absent: it may stay. */
   deadlineSeconds?: number;
-  /** The IDs in the event's detail; an empty list: not for us. Throws where the detail is broken. */
-  read: (detail: unknown) => string[];
+  /** The IDs in the event's detail, by default its one; an empty list: not for us. Throws where the detail is broken. */
+  read?: (detail: unknown) => string[];
   /** The detail of a copy for one of them: what `read` needs and no more, for ten copies share 256 KiB. */
   write?: (instance: string) => object;
 };
 const oneInstance = v.object({ "instance-id": instanceId });
+const readOne = (detail: unknown) => [v.parse(oneInstance, detail)["instance-id"]];
 const healthEvent = v.object({
   service: v.string(),
   eventTypeCategory: v.string(),
@@ -1549,12 +1523,10 @@ const NOTICES: Record<string, NoticeKind> = {
   "EC2 Spot Instance Interruption Warning": {
     kind: "interruption",
     deadlineSeconds: 120,
-    read: (detail) => [v.parse(oneInstance, detail)["instance-id"]],
   },
   "EC2 Instance Rebalance Recommendation": {
     kind: "rebalance",
     option: "is_to_handle_rebalance_event",
-    read: (detail) => [v.parse(oneInstance, detail)["instance-id"]],
   },
   "AWS Health Event": {
     kind: "maintenance",
@@ -1568,18 +1540,15 @@ const NOTICES: Record<string, NoticeKind> = {
     },
     write: (entityValue) => ({ service: "EC2", eventTypeCategory: "scheduledChange", affectedEntities: [{ entityValue }] }),
   },
-  "MaxGroup Preaction": {
-    kind: "preaction",
-    read: (detail) => [v.parse(oneInstance, detail)["instance-id"]],
-  },
+  "MaxGroup Preaction": { kind: "preaction" },
 };
 const PREACTION = "MaxGroup Preaction";
 const DETACH = "MaxGroup Detach";
 const TERMINATION = "MaxGroup Termination";
 
-/** What travels in every copy and follow-up, so that what is begun is finished with the options it began with. */
 /** Until the year 2100: what lies beyond is no time that anybody meant, and a Date may not hold it. */
 const momentMs = v.pipe(v.number(), v.minValue(0), v.maxValue(Date.UTC(2100)));
+/** What travels in every copy and follow-up, so that what is begun is finished with the options it began with. */
 const carriedSchema = v.object({
   group: groupName,
   kind: v.picklist(["interruption", "rebalance", "maintenance", "preaction"]),
@@ -1651,13 +1620,13 @@ export function readNotice(
     return {
       ...common,
       kind: event.maxgroup.kind,
-      instances: [parseDetail(type, () => v.parse(oneInstance, event.detail)["instance-id"])],
+      instances: parseDetail(type, () => readOne(event.detail)),
     };
   }
   const row = Object.hasOwn(NOTICES, type) ? NOTICES[type] : undefined;
   if (!row) return { notOurs: `events of type "${type}" are not for max_group` };
   if (type === PREACTION && !event.maxgroup) throw new Error(`a ${type} message without its "maxgroup" part`);
-  const instances = parseDetail(type, () => row.read(event.detail));
+  const instances = parseDetail(type, () => (row.read ?? readOne)(event.detail));
   if (queue !== "interruption_evt_sqs") return { belongsOn: "interruption_evt_sqs", type };
   if (!instances.length) return { notOurs: `this "${type}" names no EC2 instance to be moved` };
   return { ...common, kind: row.kind, instances };
@@ -1747,8 +1716,8 @@ export const TABLE: Record<QueueName, Step[]> = {
   ],
 };
 
-/** One message in hand, for one old instance, and what its steps have found out so far. */
-export type Work = {
+/** A message as it came. */
+type Received = {
   queue: QueueName;
   queueUrl: string;
   body: string;
@@ -1757,6 +1726,9 @@ export type Work = {
   /** How often the queue has delivered it. */
   received: number;
   notice: Notice;
+};
+/** One message in hand, for one old instance, and what its steps have found out so far. */
+export type Work = Received & {
   instance: string;
   group: string;
   options: GroupOptions;
@@ -1874,6 +1846,13 @@ async function hold(ctx: Ctx, work: Work, seconds: number): Promise<void> {
   }
 }
 
+/** Short leases from now on, where there is a hard deadline. */
+function shorten(ctx: Ctx, work: Work): void {
+  if (work.deadlineMs === undefined || work.leaseSeconds === LEASE_SECONDS) return;
+  work.leaseSeconds = LEASE_SECONDS;
+  void hold(ctx, work, LEASE_SECONDS);
+}
+
 /** A received message: read, handled, and then deleted, replaced by a copy, or left to come again. Never throws. */
 async function take(ctx: Ctx, queue: QueueName, queueUrl: string, message: Message): Promise<void> {
   const { Body: body = "", ReceiptHandle: receipt = "", MessageId = receipt, Attributes = {} } = message;
@@ -1915,38 +1894,23 @@ async function take(ctx: Ctx, queue: QueueName, queueUrl: string, message: Messa
       return;
     }
     if (notice.instances.length > 1) await split(ctx, queueUrl, receipt, body, notice, log);
-    else await handle(ctx, key, newWork(ctx, queue, queueUrl, body, receipt, firstReceivedMs, received, notice));
+    else await handle(ctx, key, newWork(ctx, { queue, queueUrl, body, receipt, firstReceivedMs, received, notice }));
   } catch (error) {
     if (!(error instanceof Stopped))
       log.error(`handling a message of ${queue}: ${errorText(error)}`, { error: errorName(error) });
   }
 }
 
-function newWork(
-  ctx: Ctx,
-  queue: QueueName,
-  queueUrl: string,
-  body: string,
-  receipt: string,
-  firstReceivedMs: number,
-  received: number,
-  notice: Notice,
-): Work {
+function newWork(ctx: Ctx, received: Received): Work {
+  const { queue, notice } = received;
   const [instance = ""] = notice.instances;
   const { carried } = notice;
-  const deadlineMs = carried?.deadlineMs;
   return {
-    queue,
-    queueUrl,
-    body,
-    receipt,
-    firstReceivedMs,
-    received,
-    notice,
+    ...received,
     instance,
     group: carried?.group ?? "",
     options: carried?.options ?? v.parse(groupSchema, {}),
-    deadlineMs,
+    deadlineMs: carried?.deadlineMs,
     oldProtected: carried?.oldProtected ?? false,
     detachSent: carried?.detachSent ?? false,
     better: carried?.better,
@@ -2077,7 +2041,8 @@ async function sendOwn(
   carried: Pick<Work, "group"> & Partial<Work>,
 ): Promise<void> {
   const notice: Notice = { ...what, timeMs: undefined, carried: undefined };
-  const work = newWork(ctx, to, "", "", "", ctx.deps.now(), 1, notice);
+  const received = { queue: to, queueUrl: "", body: "", receipt: "", firstReceivedMs: ctx.deps.now(), received: 1, notice };
+  const work = newWork(ctx, received);
   const options = ctx.state.groups.get(carried.group)?.options ?? work.options;
   await sendFollowUp(ctx, { ...work, options, ...carried }, to, what.type, 0);
 }
@@ -2131,10 +2096,7 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   if (row?.deadlineSeconds === undefined) return admit(ctx, work, old);
   const first = work.deadlineMs === undefined;
   work.deadlineMs ??= deadlineOf(notice.timeMs, work.firstReceivedMs, cloudNow(ctx), row.deadlineSeconds * 1000);
-  if (work.leaseSeconds !== LEASE_SECONDS) {
-    work.leaseSeconds = LEASE_SECONDS;
-    void hold(ctx, work, LEASE_SECONDS);
-  }
+  shorten(ctx, work);
   const left = Math.round((work.deadlineMs - cloudNow(ctx)) / 1000);
   if (first) work.log.info(`${notice.kind} notice: replacing ${instance} within ${left} s`, { type: old?.type, zone: old?.zone });
   if (old?.spot) remember(ctx, "spot", old.type, old.zone, "reclaimed");
@@ -2709,21 +2671,13 @@ function refused(ctx: Ctx, { group, pools, lifecycle }: Launch, error: unknown):
 /** Remembers what was launched, and gives a batch its order. */
 async function noteClaims(ctx: Ctx, { tags, count, lifecycle }: Launch, ids: string[]): Promise<void> {
   const order: Record<string, string> = count > 1 ? { [TAG.order]: ids.join(" ") } : {};
-  const tagged = { ...Object.fromEntries(tags.map(({ Key, Value }) => [Key, Value])), ...order };
-  const claim = {
-    type: "",
-    zone: "",
-    state: "pending",
-    stateReason: "",
-    spot: lifecycle === "spot",
-    platform: "Linux" as const,
-    architecture: "",
-    virtualization: "",
-    launchedMs: cloudNow(ctx),
-    tags: tagged,
-    volumes: {},
-  };
-  for (const id of ids) ctx.state.claims.set(id, { id, ...claim });
+  const Tags = [...tags, ...Object.entries(order).map(([Key, Value]) => ({ Key, Value }))];
+  const InstanceLifecycle = lifecycle === "spot" ? lifecycle : undefined;
+  const LaunchTime = new Date(cloudNow(ctx));
+  for (const id of ids) {
+    const claim = toInstance({ InstanceId: id, State: { Name: "pending" }, LaunchTime, InstanceLifecycle, Tags });
+    if (claim) ctx.state.claims.set(id, claim);
+  }
   if (count > 1 && ids.length) await ctx.cloud.tag(ids, order, 10_000);
 }
 
@@ -2996,7 +2950,7 @@ const ALREADY_IN = /already part of AutoScalingGroup:\s*(\S+?)[.,]?(?:\s|$)/;
 const isStaying = (m: Member | undefined): m is Member =>
   m !== undefined && (m.lifecycleState === "InService" || m.lifecycleState.startsWith("Pending"));
 
-async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<ReturnType<typeof howItLeft>> {
+async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<HowLeft> {
   const known = ctx.state.left.get(old);
   if (known) return known;
   const [activities, instance] = await Promise.all([ctx.cloud.activities(`${group} ${old}`), ctx.cloud.instance(old)]);
@@ -3010,7 +2964,7 @@ async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<ReturnT
  * What became of the one that a claim stands for in the end: where that was itself a claim nobody had settled yet, its
  * own old one decides, for each attach in the chain has added one to desired.
  */
-async function fateOf(ctx: Ctx, group: Group, old: string, depth = 0): Promise<"staying" | ReturnType<typeof howItLeft>> {
+async function fateOf(ctx: Ctx, group: Group, old: string, depth = 0): Promise<"staying" | HowLeft> {
   if (isStaying(group.members.get(old))) return "staying";
   const how = await howOldLeft(ctx, group.name, old);
   if (how !== "decremented" || depth > 6) return how;
@@ -3095,7 +3049,7 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
       group = await ctx.cloud.group(name);
       if (OVER_LIMIT.test(text) && rounds < 5) continue; // somebody else took the room: read again, raise again
       for (const i of wanted) if (group?.members.has(i.claim)) attached(i.claim);
-      const blamed = named((error as Error).cause).filter((id) => ids.includes(id));
+      const blamed = named(error).filter((id) => ids.includes(id));
       // An answer was lost: AWS knows it as a member, whatever a describe that lags behind says.
       if (ALREADY_IN.exec(text)?.[1] === name) for (const id of ids.length === 1 ? ids : blamed) attached(id);
       const refused = ids.length === 1 ? ids : blamed.length < ids.length ? blamed : [];
@@ -3247,10 +3201,7 @@ async function standIn(ctx: Ctx, group: Group, old: string, depth = 0): Promise<
 
 /** On the way out: short leases where there is a hard deadline, and a note for the instance manager. */
 function hurry(ctx: Ctx, work: Work): void {
-  if (work.deadlineMs !== undefined && work.leaseSeconds !== LEASE_SECONDS) {
-    work.leaseSeconds = LEASE_SECONDS;
-    void hold(ctx, work, LEASE_SECONDS);
-  }
+  shorten(ctx, work);
   ctx.state.detachSeenMs.set(work.instance, ctx.deps.now());
 }
 /** A minute past its deadline and still in service: the notice did not come true, and there is no hurry any more. */
@@ -3376,7 +3327,7 @@ async function detachBatch(ctx: Ctx, name: string, items: DetachItem[]): Promise
       if (isRetryable(error) || errorName(error) !== "ValidationError") throw error;
       group = await ctx.cloud.group(name);
       for (const id of ids) if (!isStaying(group?.members.get(id))) verdicts.set(id, "left");
-      const blamed = named((error as Error).cause).filter((id) => ids.includes(id));
+      const blamed = named(error).filter((id) => ids.includes(id));
       if (ids.length === 1)
         for (const id of ids) verdicts.set(id, verdicts.get(id) ?? (OVER_LIMIT.test(text) ? "refused" : "not ready"));
       else if (blamed.length && blamed.length < ids.length)
@@ -4893,7 +4844,7 @@ export function judgeClaim(x: {
   isLetGo: boolean;
   outsideMs: number;
   ageMs: number;
-  old: "staying" | "decremented" | "substituted" | "unknown";
+  old: "staying" | HowLeft;
   watchedMs: number;
   membersInService: number;
   desired: number;
@@ -5640,7 +5591,7 @@ const EXPLAINED: [names: string, text: string][] = [
 /** An AWS error in one line that says what to do; `special` knows better. */
 export function explain(error: unknown, special: Record<string, string> = {}): string {
   const name = errorName(error);
-  const code = status(error instanceof Error && error.cause instanceof Error ? error.cause : error);
+  const code = status(error);
   const rowOf = (word: string) => EXPLAINED.find(([names]) => names.split(" ").includes(word));
   const [names = "", known] = rowOf(name) ?? rowOf(String(code)) ?? [];
   const text = special[name] ?? special[names.split(" ")[0] ?? ""] ?? known;

@@ -61,17 +61,6 @@ describe("sharing", () => {
     await settle();
     expect(shares()).toEqual(["abc", "def", "g"]);
   });
-
-  test("the number of those that wait can be read", async () => {
-    const { add, call } = stage();
-    for (const item of "abcde") void add(item);
-    expect(add.waiting()).toBe(5);
-    await settle();
-    expect(add.waiting()).toBe(2);
-    call(0).answer();
-    await settle();
-    expect(add.waiting()).toBe(0);
-  });
 });
 
 describe("in parallel", () => {

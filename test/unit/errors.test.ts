@@ -55,7 +55,11 @@ describe("every known error is one line that says what to do", () => {
   });
 
   test("a refusal without a name is one of access", () => {
-    for (const error of [aws("UnknownError", "", forbidden), new Error("reading", { cause: aws("UnknownError", "", forbidden) })])
+    for (const error of [
+      aws("UnknownError", "", forbidden),
+      new Error("reading", { cause: aws("UnknownError", "", forbidden) }),
+      new Error("take", { cause: new Error("reading", { cause: aws("UnknownError", "", forbidden) }) }),
+    ])
       expect(explain(error)).toMatch(/role.*rights/);
   });
 
