@@ -262,7 +262,7 @@ export class World {
       const latencyMs = this.random.between(this.delays.latencyMs);
       if (fault?.hang) await new Promise<never>((_, reject) => onAbort(signal, reject));
       await this.#pass(Math.floor(latencyMs / 2) + (fault?.delayMs ?? 0), signal);
-      await fault?.wait;
+      if (fault?.wait) await fault.wait;
       let answer: object;
       try {
         if (fault?.before) throw fault.before;
