@@ -76,6 +76,8 @@ export interface Fault {
   /** Thrown after the effect: the caller cannot know that it was done. */
   after?: AwsError;
   delayMs?: number;
+  /** The effect comes after it. */
+  wait?: Promise<unknown>;
   /** No answer, ever, and no effect; only an abort ends it. */
   hang?: boolean;
 }
@@ -262,6 +264,7 @@ export class World {
       const latencyMs = this.random.between(this.delays.latencyMs);
       if (fault?.hang) await new Promise<never>((_, reject) => onAbort(signal, reject));
       await this.#pass(Math.floor(latencyMs / 2) + (fault?.delayMs ?? 0), signal);
+      if (fault?.wait) await fault.wait;
       let answer: object;
       try {
         if (fault?.before) throw fault.before;

@@ -15,7 +15,7 @@ import {
 } from "../kube/servers.ts";
 
 /** As pinned in go.mod, which is what was built. */
-export const CONSUL_VERSION =
+const CONSUL_VERSION =
   /\sgithub\.com\/hashicorp\/consul v(\S+)/.exec(readFileSync(join(import.meta.dir, "go.mod"), "utf8"))?.[1] ?? "?";
 const CONSUL = join(CACHE, `consul-${CONSUL_VERSION}`, "bin", "consul");
 
@@ -55,10 +55,13 @@ export interface Answer {
   body: unknown;
 }
 
-/** Starts them, and waits until every agent has joined. Undefined, with a warning, where Consul is not built; in CI that throws. */
+/** False, with a warning, where Consul is not built; in CI that throws. */
+export const isConsulInstalled = () =>
+  areInstalled(`Consul ${CONSUL_VERSION}`, [CONSUL, "openssl", "setpriv"], "test/consul/build.sh builds it");
+
+/** Starts them, and waits until every agent has joined. Undefined where Consul is not built. */
 export async function startAgents(options: AgentsOptions): Promise<Agents | undefined> {
-  const programs = [CONSUL, "openssl", "setpriv"];
-  if (!areInstalled(`Consul ${CONSUL_VERSION}`, programs, "test/consul/build.sh builds it")) return undefined;
+  if (!isConsulInstalled()) return undefined;
   for (let tries = 1; ; tries++) {
     const agents = new Agents(options);
     try {

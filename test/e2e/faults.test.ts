@@ -73,7 +73,7 @@ async function life(seed: number): Promise<void> {
     const rest = [...olds];
     for (let round = 0; Date.now() < endMs; round++) {
       const old = rest.shift();
-      if (old) s.interrupt(old, { seconds: 75, copies: random.between([1, 3]), keepCapacity: random.chance(0.5) });
+      if (old) s.interrupt(old, { seconds: 110, copies: random.between([1, 3]), keepCapacity: random.chance(0.5) });
       await sleep(random.between([2_000, 5_000]));
       if (random.chance(0.6)) keepers[random.between([0, 1])]?.kill();
       if (round === 2 || round === 6) await proxy.outage(random.between([300, 1_500]));

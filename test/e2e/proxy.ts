@@ -4,8 +4,9 @@
 import type { Socket } from "bun";
 import { AwsError, Random, type Service } from "../aws/basics.ts";
 import { decode, encode, type WireCall } from "../aws/wire.ts";
+import { listenBelow } from "./harness.ts";
 
-export const FAULTS = [
+const FAULTS = [
   "reset before",
   "reset after",
   "cut short",
@@ -21,7 +22,7 @@ export const FAULTS = [
   "AWS error after",
   "throttle",
 ] as const;
-export type Fault = (typeof FAULTS)[number];
+type Fault = (typeof FAULTS)[number];
 /** The effect is there, and its caller cannot know. */
 const AFTER: readonly Fault[] = [
   "reset after",
@@ -96,7 +97,7 @@ export class FaultyProxy {
       const kinds = isChange && random.chance(0.5) ? AFTER : FAULTS;
       return kinds[random.between([0, kinds.length - 1])];
     };
-    this.#listener = this.listen(0);
+    this.#listener = listenBelow((port) => this.listen(port));
     this.#port = this.#listener.port;
   }
   get url(): string {

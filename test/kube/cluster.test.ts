@@ -58,7 +58,7 @@ describe.skipIf(started === undefined)("evictions", () => {
     const startMs = performance.now();
     expect((await cluster.evict(pod)).status).toBe(201);
     await cluster.waitUntilGone(pod);
-    expect(performance.now() - startMs).toBeLessThan(5_000);
+    expect(performance.now() - startMs).toBeLessThan(15_000); // of a grace period of 30 s
     expect((await cluster.evict(pod)).status).toBe(404);
   });
 
@@ -69,7 +69,7 @@ describe.skipIf(started === undefined)("evictions", () => {
     expect((await cluster.read(pod))?.metadata.deletionTimestamp).toBeString();
     expect((await cluster.evict(pod)).status).toBe(201);
     await cluster.waitUntilGone(pod);
-    expect(performance.now() - startMs).toBeWithin(1_500, 10_000);
+    expect(performance.now() - startMs).toBeWithin(1_500, 30_000);
   });
 
   test("a pod with a finalizer stays until the finalizer goes", async () => {

@@ -9,8 +9,7 @@ import { join } from "node:path";
 import { Authority, areInstalled, CACHE, type Certificate, freePorts, ServerProcess, temporaryFolder, until } from "./servers.ts";
 
 /** As pinned in go.mod, which is what was built. */
-export const KUBE_VERSION =
-  /\sk8s\.io\/kubernetes v(\S+)/.exec(readFileSync(join(import.meta.dir, "go.mod"), "utf8"))?.[1] ?? "?";
+const KUBE_VERSION = /\sk8s\.io\/kubernetes v(\S+)/.exec(readFileSync(join(import.meta.dir, "go.mod"), "utf8"))?.[1] ?? "?";
 const BUILT = join(CACHE, `kube-${KUBE_VERSION}`, "bin");
 const KUBE_APISERVER = join(process.env.KUBEBUILDER_ASSETS || BUILT, "kube-apiserver");
 const ETCD = join(process.env.KUBEBUILDER_ASSETS || BUILT, "etcd");
@@ -80,9 +79,7 @@ const plurals: Record<string, { plural: string; isClusterWide?: boolean }> = {
   ClusterRole: { plural: "clusterroles", isClusterWide: true },
   ClusterRoleBinding: { plural: "clusterrolebindings", isClusterWide: true },
   DaemonSet: { plural: "daemonsets" },
-  Deployment: { plural: "deployments" },
   Job: { plural: "jobs" },
-  Namespace: { plural: "namespaces", isClusterWide: true },
   Node: { plural: "nodes", isClusterWide: true },
   Pod: { plural: "pods" },
   PodDisruptionBudget: { plural: "poddisruptionbudgets" },
@@ -101,7 +98,7 @@ function collectionOf({ apiVersion = "v1", kind = "", metadata: { namespace = "d
   return resource.isClusterWide ? `${root}/${resource.plural}` : `${root}/namespaces/${namespace}/${resource.plural}`;
 }
 /** The path of an object. */
-export const pathOf = (object: KubeObject) => `${collectionOf(object)}/${object.metadata.name}`;
+const pathOf = (object: KubeObject) => `${collectionOf(object)}/${object.metadata.name}`;
 
 export interface NodeOptions {
   /** Also the private DNS name, as on EKS. */

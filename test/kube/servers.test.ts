@@ -30,7 +30,7 @@ test.skipIf(isSkipped)(
         child.kill(signal);
       }
       await child.exited;
-      await until("the server has ended", async () => !isRunning(pid), 5);
+      await until("the server has ended", async () => !isRunning(pid));
       if (!signal) expect(existsSync(folder)).toBe(false);
       else await Bun.$`rm -r ${folder}`;
     }

@@ -1,6 +1,6 @@
 // What the helpers that start real servers share, here and in test/consul: child processes that cannot outlive this
 // one, ports that stay ours, and certificates of an authority made for the purpose.
-import { closeSync, mkdtempSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { closeSync, mkdtempSync, openSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { homedir, tmpdir } from "node:os";
 import { join } from "node:path";
@@ -73,7 +73,7 @@ export class ServerProcess {
   }
 
   /** Waits until `ready` says so. Throws, with the end of the log, when the process ends before or time is up. */
-  async waitUntil(ready: () => Promise<boolean>, seconds = 60): Promise<void> {
+  async waitUntil(ready: () => Promise<boolean>, seconds = 120): Promise<void> {
     for (const end = performance.now() + seconds * 1000; ; await Bun.sleep(20)) {
       if (!this.isAlive) throw new Error(`${this.#name} ended at once:\n${this.log.slice(-2_000)}`);
       if (await ready()) return;
@@ -84,6 +84,10 @@ export class ServerProcess {
   /** Frozen, it neither answers nor refuses: the kernel still takes connections for it. */
   freeze(): void {
     this.#child.kill("SIGSTOP");
+    // The signal is on its way: until it has reached every thread, one of them may answer.
+    const threads = `/proc/${this.pid}/task`;
+    const isStopped = (thread: string) => /^State:\s+T/m.test(readFileSync(`${threads}/${thread}/status`, "utf8"));
+    while (!readdirSync(threads).every(isStopped)) Bun.sleepSync(1);
   }
   thaw(): void {
     this.#child.kill("SIGCONT");

@@ -10,6 +10,18 @@ import type { Cluster, KubeObject } from "./cluster.ts";
 /** The role that ships, which the program runs under in all tests here. */
 export const RBAC = readFileSync(join(import.meta.dir, "../../conf/k8s-rbac.yml"), "utf8");
 
+/** The kubeconfig of a client certificate and a private authority, whose user is in the role's group. */
+export function certificateKubeconfig(cluster: Cluster, user: string): string {
+  const { certFile, keyFile } = cluster.clientCertificate(user, "max-group");
+  return cluster.writeKubeconfig(user, `client-certificate: ${certFile}\nclient-key: ${keyFile}`);
+}
+
+/** The node that an instance of this world is. */
+export function nodeFor(cluster: Cluster, world: World, id: string, isReady = true): Promise<KubeObject> {
+  const { privateDns: name, privateIp: address } = world.instance(id);
+  return cluster.makeNode({ name, address, instanceId: id, isReady });
+}
+
 export class KubeStage {
   readonly cluster: Cluster;
   readonly clock = new RealClock();

@@ -26,17 +26,8 @@ import {
   TerminateInstancesCommand,
   type Volume,
 } from "@aws-sdk/client-ec2";
-import { RealClock } from "../aws/clock.ts";
-import { serve } from "../aws/server.ts";
-import { World } from "../aws/world.ts";
-import { destroyClients, IMAGE_ID, type Moto, REGION, type SdkClients, sdkClients, setUp, startMoto } from "./moto.ts";
-
-interface Target {
-  url: string;
-  /** A world of its own for the case; a subnet of its first zone. */
-  scene(): Promise<string>;
-  stop(): Promise<void>;
-}
+import { destroyClients, IMAGE_ID, REGION, type SdkClients, sdkClients, setUp } from "./moto.ts";
+import { refusal, startTargets, until } from "./targets.ts";
 
 const GROUP = { name: "web", min: 1, max: 4, desired: 1 };
 const ZONES = [`${REGION}a`, `${REGION}b`] as const;
@@ -47,73 +38,18 @@ const NO_SNAPSHOT = "snap-0123456789abcdef0";
 const NO_INSTANCE = "i-0123456789abcdef0";
 const SOON: [number, number] = [5, 20];
 
-function simulatorTarget(): Target {
-  let world: World | undefined;
-  const served = serve({
-    call: (...request) => {
-      if (!world) throw new Error("a case without a scene");
-      return world.call(...request);
-    },
-  });
-  return {
-    url: served.url,
-    async scene() {
-      world = new World({
-        clock: new RealClock(),
-        region: REGION,
-        origin: served.url,
-        checkOutputs: true,
-        latencyMs: [0, 0],
-        ...{ pendingMs: SOON, shuttingDownMs: SOON, volumeCreatingMs: SOON, volumeAttachingMs: SOON },
-        ...{ volumeDetachingMs: SOON, volumeReleaseMs: SOON, volumeDeletingMs: SOON, snapshotMs: SOON },
-      });
-      return world.createGroup({ ...GROUP, zones: [...ZONES] }).subnetIds[0] ?? "";
-    },
-    stop: served.stop,
-  };
-}
-
-function motoTarget(moto: Moto): Target {
-  const clients = sdkClients(moto.url);
-  return {
-    url: moto.url,
-    async scene() {
-      await moto.reset();
-      const { name: group, ...sizes } = GROUP;
-      return (await setUp(clients, { group, ...sizes, zones: [...ZONES] })).subnetIds[0] ?? "";
-    },
-    async stop() {
-      destroyClients(clients);
-      await moto.stop();
-    },
-  };
-}
-
-const moto = await startMoto();
-const targets: [string, Target][] = [["simulator", simulatorTarget()]];
-if (moto) targets.push(["moto", motoTarget(moto)]);
-else test.skip("moto", () => undefined);
-
-async function refusal(promise: Promise<unknown>): Promise<{ name: string; status: number | undefined }> {
-  const thrown = await promise.then(
-    () => undefined,
-    (error: unknown) => error,
-  );
-  if (!(thrown instanceof Error)) throw new Error("the call was not refused");
-  const metadata: unknown = Reflect.get(thrown, "$metadata");
-  const status: unknown = Reflect.get(Object(metadata), "httpStatusCode");
-  return { name: thrown.name, status: typeof status === "number" ? status : undefined };
-}
-
-async function until<T>(read: () => Promise<T>, holds: (value: T) => boolean): Promise<T> {
-  const endMs = Date.now() + 5_000;
-  for (;;) {
-    const value = await read();
-    if (holds(value)) return value;
-    if (Date.now() > endMs) throw new Error(`still not so: ${JSON.stringify(value)}`);
-    await Bun.sleep(20);
-  }
-}
+const targets = await startTargets(
+  {
+    ...{ pendingMs: SOON, shuttingDownMs: SOON, volumeCreatingMs: SOON, volumeAttachingMs: SOON },
+    ...{ volumeDetachingMs: SOON, volumeReleaseMs: SOON, volumeDeletingMs: SOON, snapshotMs: SOON },
+  },
+  // A subnet of the first zone.
+  (world) => world.createGroup({ ...GROUP, zones: [...ZONES] }).subnetIds[0] ?? "",
+  async (clients) => {
+    const { name: group, ...sizes } = GROUP;
+    return (await setUp(clients, { group, ...sizes, zones: [...ZONES] })).subnetIds[0] ?? "";
+  },
+);
 
 describe.each(targets)("%s", (_name, target) => {
   let clients: SdkClients;

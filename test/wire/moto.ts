@@ -20,8 +20,10 @@ import { ElasticLoadBalancingV2Client } from "@aws-sdk/client-elastic-load-balan
 import { CreateBucketCommand, S3Client } from "@aws-sdk/client-s3";
 import { CreateQueueCommand, GetQueueAttributesCommand, SQSClient } from "@aws-sdk/client-sqs";
 
-export const MOTO_VERSION = "5.2.5";
-export const MOTO_HOME = join(process.env.XDG_CACHE_HOME || join(homedir(), ".cache"), "max_group", `moto-${MOTO_VERSION}`);
+const MOTO_VERSION = "5.2.5";
+const MOTO_HOME = join(process.env.XDG_CACHE_HOME || join(homedir(), ".cache"), "max_group", `moto-${MOTO_VERSION}`);
+/** That moto and botocore are installed for. */
+export const PYTHON = join(MOTO_HOME, "bin", "python");
 export const REGION = "us-east-2";
 
 // --- The server ------------------------------------------------------------------------------------------------
@@ -33,42 +35,51 @@ export interface Moto {
   reset(): Promise<void>;
   /** What is launched from now on was launched so many seconds ago. */
   age(seconds: number): void;
+  /** Messages in its queues that are delayed come now. */
+  hurry(): void;
   stop(): Promise<void>;
 }
 
 /**
  * `moto_server -p 0` takes a free port and names it on standard error; it serves every request on a thread of its
  * own. Started through -c, so that it also ends when its standard input does: with the process that started it,
- * however that one died. A line there says how old new instances are to look.
+ * however that one died. A line there says how old new instances are to look, or "hurry".
  */
 const LAUNCH = `
 import datetime, os, sys, threading
 from moto.ec2.models import instances
+from moto.sqs.models import sqs_backends
 now, age = instances.utcnow, 0.0
 instances.utcnow = lambda: now() - datetime.timedelta(seconds=age)
+def hurry():
+    for account in list(sqs_backends.values()):
+        for backend in list(account.values()):
+            for queue in list(backend.queues.values()):
+                for message in list(queue._messages): message.delayed_until = 0
 def listen():
     global age
-    for line in sys.stdin: age = float(line)
+    for line in sys.stdin:
+        if line.strip() == "hurry": hurry()
+        else: age = float(line)
     os._exit(0)
 threading.Thread(target=listen, daemon=True).start()
 from moto.server import main
 main(["-H", "127.0.0.1", "-p", "0"])
 `;
-const START_TIMEOUT_MS = 60_000;
+const START_TIMEOUT_MS = 120_000;
 
-/**
- * Starts a moto server on a free loopback port and waits until it answers. Undefined, with a warning, where moto
- * is not installed; in CI that throws.
- */
-export async function startMoto(): Promise<Moto | undefined> {
-  const python = join(MOTO_HOME, "bin", "python");
-  if (!existsSync(python)) {
-    const complaint = `moto ${MOTO_VERSION} is not installed in ${MOTO_HOME}`;
-    if (process.env.CI) throw new Error(complaint);
-    console.warn(`\n*** ${complaint}: its tests are SKIPPED ***\n`);
-    return undefined;
-  }
-  const child = Bun.spawn([python, "-c", LAUNCH], {
+/** False, with a warning, where moto, and botocore with it, is not installed; in CI that throws. */
+export function isMotoInstalled(): boolean {
+  if (existsSync(PYTHON)) return true;
+  const complaint = `moto ${MOTO_VERSION} is not installed in ${MOTO_HOME}`;
+  if (process.env.CI) throw new Error(complaint);
+  console.warn(`\n*** ${complaint}: its tests are SKIPPED ***\n`);
+  return false;
+}
+
+/** Starts a moto server on a free loopback port and waits until it answers. It has to be installed. */
+export async function startMoto(): Promise<Moto> {
+  const child = Bun.spawn([PYTHON, "-c", LAUNCH], {
     stdin: "pipe",
     stdout: "ignore",
     stderr: "pipe",
@@ -89,11 +100,11 @@ export async function startMoto(): Promise<Moto | undefined> {
       child.kill();
       await child.exited;
     };
-    const age = (seconds: number) => {
-      child.stdin.write(`${seconds}\n`);
+    const say = (line: string) => {
+      child.stdin.write(`${line}\n`);
       void child.stdin.flush();
     };
-    return { url, reset, age, stop };
+    return { url, reset, age: (seconds) => say(`${seconds}`), hurry: () => say("hurry"), stop };
   } catch (cause) {
     child.kill();
     throw new Error("starting moto", { cause });
@@ -131,13 +142,13 @@ export interface SdkClients {
   s3: S3Client;
 }
 
-/** The SDK's own clients, for moto, the simulator's server or anything else with one endpoint. No retries. */
-export function sdkClients(endpoint: string, region = REGION): SdkClients {
+/** The SDK's own clients, for moto, the simulator's server or anything else with one endpoint. No retries, unless told: a refusal is to be seen. */
+export function sdkClients(endpoint: string, { maxAttempts = 1 } = {}): SdkClients {
   const settings = {
     endpoint,
-    region,
+    region: REGION,
     credentials: { accessKeyId: "test", secretAccessKey: "test" },
-    maxAttempts: 1,
+    maxAttempts,
   };
   return {
     ec2: new EC2Client(settings),

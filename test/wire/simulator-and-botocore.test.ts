@@ -1,7 +1,6 @@
 // The simulator's answers as Python's SDK reads them. botocore has its own models, parsers and error rules, so
 // what it and the JavaScript SDK both understand is AWS's format and not one SDK's idea of it. It comes with moto.
 import { afterAll, describe, expect, test } from "bun:test";
-import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { DescribeAutoScalingGroupsCommand } from "@aws-sdk/client-auto-scaling";
 import { DescribeInstancesCommand, DescribeLaunchTemplateVersionsCommand } from "@aws-sdk/client-ec2";
@@ -9,14 +8,9 @@ import { DescribeTargetGroupsCommand } from "@aws-sdk/client-elastic-load-balanc
 import { RealClock } from "../aws/clock.ts";
 import { serve } from "../aws/server.ts";
 import { World } from "../aws/world.ts";
-import { destroyClients, MOTO_HOME, REGION, sdkClients } from "./moto.ts";
+import { destroyClients, isMotoInstalled, PYTHON, REGION, sdkClients } from "./moto.ts";
 
-const python = join(MOTO_HOME, "bin", "python");
-const isInstalled = existsSync(python);
-if (!isInstalled) {
-  if (process.env.CI) throw new Error(`botocore is not installed in ${MOTO_HOME}`);
-  console.warn(`\n*** botocore is not installed in ${MOTO_HOME}: its tests are SKIPPED ***\n`);
-}
+const isInstalled = isMotoInstalled();
 
 let world: World | undefined;
 const served = serve({
@@ -54,7 +48,7 @@ interface PythonAnswer {
 }
 
 async function fromPython(...calls: PythonCall[]): Promise<PythonAnswer[]> {
-  const child = Bun.spawn([python, join(import.meta.dir, "python-client.py"), served.url, REGION], {
+  const child = Bun.spawn([PYTHON, join(import.meta.dir, "python-client.py"), served.url, REGION], {
     stdin: new Blob([JSON.stringify(calls)]),
     stderr: "pipe",
   });

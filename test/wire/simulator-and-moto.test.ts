@@ -46,10 +46,8 @@ import {
   SendMessageBatchCommand,
   SendMessageCommand,
 } from "@aws-sdk/client-sqs";
-import { RealClock } from "../aws/clock.ts";
-import { serve } from "../aws/server.ts";
-import { World } from "../aws/world.ts";
-import { createQueue, destroyClients, type Moto, REGION, type SdkClients, sdkClients, setUp, startMoto } from "./moto.ts";
+import { createQueue, destroyClients, REGION, type SdkClients, sdkClients, setUp } from "./moto.ts";
+import { refusal, startTargets, until } from "./targets.ts";
 
 /** What a case starts from: a group "web" of two (1 to 4) and three running instances of none. */
 interface Scene {
@@ -61,96 +59,27 @@ interface Scene {
   bucket: string;
 }
 
-interface Target {
-  url: string;
-  /** A world of its own for the case. */
-  scene(): Promise<Scene>;
-  stop(): Promise<void>;
-}
-
 const GROUP = "web";
 const BUCKET = "max-group-conf";
 const SIZES = { min: 1, max: 4, desired: 2 };
 const ZONES = ["a", "b", "c"].map((letter) => REGION + letter);
 const NO_INSTANCE = "i-0123456789abcdef0";
-const POLL_MS = 20;
 
 /** Delays near nothing: the rules are the matter here, and moto has no delays at all. */
-function simulatorTarget(): Target {
-  let world: World | undefined;
-  const served = serve({
-    call: (...request) => {
-      if (!world) throw new Error("a case without a scene");
-      return world.call(...request);
-    },
-  });
-  return {
-    url: served.url,
-    async scene() {
-      world = new World({
-        clock: new RealClock(),
-        region: REGION,
-        origin: served.url,
-        checkOutputs: true,
-        latencyMs: [0, 0],
-        pendingMs: [5, 20],
-        shuttingDownMs: [5, 20],
-        attachMs: [5, 20],
-        detachMs: [5, 20],
-        replaceMs: [5, 20],
-        reactionMs: [5, 20],
-        rebalanceMs: 3_600_000,
-      });
-      const { templateId, subnetIds, instanceIds } = world.createGroup({ name: GROUP, ...SIZES });
-      const strangerIds = [1, 2, 3].map(() => world?.createInstance({ zone: ZONES[0] }).id ?? "");
-      world.s3.createBucket(BUCKET);
-      return { group: GROUP, templateId, subnetIds, memberIds: instanceIds, strangerIds, bucket: BUCKET };
-    },
-    stop: served.stop,
-  };
-}
-
-function motoTarget(moto: Moto): Target {
-  const clients = sdkClients(moto.url);
-  return {
-    url: moto.url,
-    async scene() {
-      await moto.reset();
-      return setUp(clients, { group: GROUP, ...SIZES, zones: ZONES, strangers: 3, bucket: BUCKET });
-    },
-    async stop() {
-      destroyClients(clients);
-      await moto.stop();
-    },
-  };
-}
-
-const moto = await startMoto();
-const targets: [string, Target][] = [["simulator", simulatorTarget()]];
-if (moto) targets.push(["moto", motoTarget(moto)]);
-else test.skip("moto", () => undefined);
-
-/** The error that `promise` ends in: its name and status. */
-async function refusal(promise: Promise<unknown>): Promise<{ name: string; status: number | undefined }> {
-  const thrown = await promise.then(
-    () => undefined,
-    (error: unknown) => error,
-  );
-  if (!(thrown instanceof Error)) throw new Error("the call was not refused");
-  const metadata: unknown = Reflect.get(thrown, "$metadata");
-  const status: unknown = Reflect.get(Object(metadata), "httpStatusCode");
-  return { name: thrown.name, status: typeof status === "number" ? status : undefined };
-}
-
-async function until<T>(read: () => Promise<T>, holds: (value: T) => boolean, limitMs = 5_000): Promise<T> {
-  const endMs = Date.now() + limitMs;
-  for (;;) {
-    const value = await read();
-    if (holds(value)) return value;
-    if (Date.now() > endMs) throw new Error(`still not so: ${JSON.stringify(value)}`);
-    await Bun.sleep(POLL_MS);
-  }
-}
+const SOON: [number, number] = [5, 20];
+const targets = await startTargets(
+  {
+    ...{ pendingMs: SOON, shuttingDownMs: SOON, attachMs: SOON, detachMs: SOON, replaceMs: SOON, reactionMs: SOON },
+    rebalanceMs: 3_600_000,
+  },
+  (world): Scene => {
+    const { templateId, subnetIds, instanceIds } = world.createGroup({ name: GROUP, ...SIZES });
+    const strangerIds = [1, 2, 3].map(() => world.createInstance({ zone: ZONES[0] }).id);
+    world.s3.createBucket(BUCKET);
+    return { group: GROUP, templateId, subnetIds, memberIds: instanceIds, strangerIds, bucket: BUCKET };
+  },
+  (clients) => setUp(clients, { group: GROUP, ...SIZES, zones: ZONES, strangers: 3, bucket: BUCKET }),
+);
 
 describe.each(targets)("%s", (_name, target) => {
   let clients: SdkClients;
@@ -596,9 +525,9 @@ describe.each(targets)("%s", (_name, target) => {
     test("a received message is hidden for the visibility timeout, then comes again, counted", async () => {
       const url = await freshQueue();
       await send(url, "a");
-      expect(bodies(await receive(url, { visibility: 1 }))).toEqual(["a"]);
+      expect(bodies(await receive(url, { visibility: 3 }))).toEqual(["a"]);
       expect(await receive(url)).toEqual([]);
-      const [again] = await receive(url, { wait: 3 });
+      const [again] = await receive(url, { wait: 10 });
       expect(again?.Attributes?.ApproximateReceiveCount).toBe("2");
     });
 
@@ -618,13 +547,13 @@ describe.each(targets)("%s", (_name, target) => {
 
     test("a delayed message is hidden until its time", async () => {
       const url = await freshQueue();
-      await send(url, "late", 1);
+      await send(url, "late", 3);
       expect(await receive(url)).toEqual([]);
       const { Attributes } = await clients.sqs.send(
         new GetQueueAttributesCommand({ QueueUrl: url, AttributeNames: ["ApproximateNumberOfMessagesDelayed"] }),
       );
       expect(Attributes).toEqual({ ApproximateNumberOfMessagesDelayed: "1" });
-      expect(bodies(await receive(url, { wait: 4 }))).toEqual(["late"]);
+      expect(bodies(await receive(url, { wait: 10 }))).toEqual(["late"]);
     });
 
     test("a long poll is answered when a message comes", async () => {
@@ -645,7 +574,7 @@ describe.each(targets)("%s", (_name, target) => {
       await send(url, "poison");
       for (let i = 0; i < 2; i++) expect(bodies(await receive(url, { visibility: 0 }))).toEqual(["poison"]);
       expect(await receive(url, { visibility: 0 })).toEqual([]);
-      expect(bodies(await receive(dead.url, { wait: 2 }))).toEqual(["poison"]);
+      expect(bodies(await receive(dead.url, { wait: 10 }))).toEqual(["poison"]);
     });
 
     test("a deleted message does not come again, and may be deleted twice", async () => {

@@ -1,0 +1,3 @@
+import { tellTogether } from "./together.ts";
+
+await tellTogether("rebalance", "127.0.79");
