@@ -2302,9 +2302,10 @@ export function planLaunch(x: {
   const distinct = offers.filter((o, i) => !o.type || offers.findIndex((other) => other.type === o.type) === i);
   const sets = distinct.filter((o) => !o.type);
   const most = Math.max(1, Math.floor(MOST_SETS / sets.length));
-  const emptiest = zones.toSorted((a, b) => membersWithout(group, old.zone)(a) - membersWithout(group, old.zone)(b));
   const zonesFor = (offer: Override) => {
     if (offer.type || zones.length <= most) return zones;
+    const count = membersWithout(group, old.zone);
+    const emptiest = zones.toSorted((a, b) => count(a) - count(b));
     const from = (((x.pass ?? 0) + sets.indexOf(offer)) * most) % zones.length;
     return [...emptiest, ...emptiest].slice(from, from + most);
   };

@@ -328,7 +328,8 @@ test("a big health event for ten instances is split, not sent to the dead-letter
 
 test("a big wave, detached without decrement just before the late replacements join: desired is what it was", async () => {
   const s = new Stage({ pendingMs: [52_000, 56_000], replaceMs: [5_000, 5_000], checkOutputs: false });
-  const olds = s.group({ name: "web", min: 100, max: 400, desired: 150 });
+  // What AZRebalance takes of the surplus before it is ended, its group substitutes (BUGS.md).
+  const olds = s.group({ name: "web", min: 100, max: 400, desired: 150, suspended: ["AZRebalance"] });
   await s.start({ level: "info" });
   await s.seconds(1);
   for (const old of olds) s.world.interrupt(old, { eventDelayMs: 60_000, keepCapacity: true });
