@@ -1,4 +1,4 @@
-# The map of the work. Needs Linux with Node.js and npm, Python 3, make and git; everything else
+# The map of the work. Needs Linux with Node.js and npm, Python 3, Go, make and git; everything else
 # (Bun, moto, cfn-lint, shellcheck) is fetched once, in fixed versions, into a cache folder outside the checkout.
 #
 # How tools are fetched: under a lock, and the file that make looks for comes last. So a fetch that was cut short
@@ -80,7 +80,7 @@ demo: dist/max_group $(MODULES) ## see an interruption handled from notice to en
 
 .PHONY: test
 test: dist/max_group $(MODULES) $(MOTO)/.complete $(SERVERS) ## all tests; ONLY="unit sim" for some folders of test/ only
-	@MOTO_SERVER=$(MOTO)/bin/moto_server $(BUN) test/run.ts $(ONLY)
+	@$(BUN) test/run.ts $(ONLY)
 
 .PHONY: sim
 sim: $(MODULES) ## lives of random fleets under faults, in virtual time; SEEDS=2000 for so many
@@ -99,7 +99,7 @@ check-style: $(MODULES)
 check-template: $(CFN_LINT)/.complete
 	@$(CFN_LINT)/bin/cfn-lint conf/spotmax_init.yml && echo "conf/spotmax_init.yml: ok"
 check-scripts: $(SHELLCHECK)/.complete
-	@$(SHELLCHECK)/bin/shellcheck conf/*.sh && echo "conf/*.sh: ok"
+	@$(SHELLCHECK)/bin/shellcheck conf/*.sh test/*/*.sh .ci/run && echo "shell scripts: ok"
 
 .PHONY: build
 build: dist/max_group ## the program, dist/max_group; LICENSE_PUBLIC_KEY=BASE64 for one that asks for a license
@@ -167,7 +167,7 @@ dist/SHA256SUMS: dist/max_group.zip dist/max_group-arm64.zip
 	@cd dist && sha256sum max_group.zip max_group-arm64.zip >SHA256SUMS.new && mv SHA256SUMS.new SHA256SUMS
 	@cat $@
 
-# ---- What is built from source, or fetched -------------------------------------------------------------------------------------
+# ---- What is built from source, or fetched ----------------------------------------------------------------
 
 # Each script is its own stamp, and takes no time where nothing is to be done.
 .PHONY: kube consul

@@ -2,12 +2,13 @@
  * Runs the tests: `make test`, or `bun test/run.ts [FOLDER ...]` for some folders of test/ only.
  *
  * Each folder is one `bun test`, so that a crash or a hang in one does not hide the others. The failed tests are
- * named once more at the end, and the last line says `N passed, N failed, N skipped`. Fails on a failed test, on a `bun test` that crashes, hangs or leaves early,
- * on a folder without tests, and in CI on a skipped test: there, a missing server is a fault.
+ * named once more at the end, and the last line says `N passed, N failed, N skipped`. Fails on a failed test, on a
+ * `bun test` that crashes, hangs or leaves early, on a folder without tests, and in CI on a skipped test: there, a
+ * missing server is a fault.
  */
 import { type ChildProcess, spawn } from "node:child_process";
-import { closeSync, mkdtempSync, openSync, readFileSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { closeSync, mkdtempSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { availableParallelism, constants, setPriority, tmpdir } from "node:os";
 import { join } from "node:path";
 
 /** In this order, and how long each may take in all. Folders that are not named come last, with the default. */
@@ -18,16 +19,17 @@ const minutesByFolder: Record<string, number> = {
   wire: 20,
   kube: 20,
   consul: 10,
-  page: 5,
 };
 const defaultMinutes = 10;
 
 /**
- * What runs side by side: folders of one lane follow each other. Those that mostly wait in real time share the cores;
- * the lives, which are all computing, have what those leave over.
+ * What runs side by side: folders of one lane follow each other. Most tests wait in real time for servers and daemons;
+ * the lives of test/sim only reckon, and do so in what the others leave of the cores.
  */
 const lanes = [["unit", "wire"], ["e2e"], ["kube", "consul"], ["sim"]];
 const yielding = ["sim"];
+/** Files at once, where a folder's files take long and do not measure time. */
+const filesAtOnce: Record<string, number> = { sim: 2, kube: 2, consul: 3, wire: 2 };
 
 /** These must be there: a folder lost by accident would else be a pass. */
 const required = ["unit", "sim", "e2e", "wire"];
@@ -101,21 +103,32 @@ function killGroup(child: ChildProcess, signal: NodeJS.Signals) {
   }
 }
 
+/** All other processes go first. A session of its own is a scheduling group of its own, where the kernel makes them. */
+function yieldTo(pid: number) {
+  setPriority(pid, constants.priority.PRIORITY_LOW);
+  try {
+    writeFileSync(`/proc/${pid}/autogroup`, "19");
+  } catch {
+    // No such groups here, or not ours to say: then the priority above counts, or nothing does.
+  }
+}
+
 /** Runs one folder's tests, their output going to `output`, and says how it ended: "exit 0", "SIGSEGV", ... */
 async function runFolder(folder: string, reportFile: string, output: number | "inherit"): Promise<string> {
   const minutes = minutesByFolder[folder] ?? defaultMinutes;
-  const command = yielding.includes(folder) ? ["nice", "-n", "19", process.execPath] : [process.execPath];
+  const parallel = filesAtOnce[folder];
   const child = spawn(
-    command[0] ?? "",
+    process.execPath,
     [
-      ...command.slice(1),
       ...["test", "--no-orphans", `--timeout=${testTimeoutMs}`],
+      ...(parallel === undefined ? [] : [`--parallel=${parallel}`]),
       ...["--reporter=junit", `--reporter-outfile=${reportFile}`],
       ...testFiles(folder).map((file) => `./test/${file}`),
     ],
     { cwd: join(import.meta.dir, ".."), stdio: ["ignore", output, output], detached: true },
   );
   running.add(child);
+  if (yielding.includes(folder) && child.pid !== undefined) yieldTo(child.pid);
   let late = false;
   const timer = setTimeout(() => {
     late = true;
@@ -175,8 +188,8 @@ async function main() {
   };
 
   const folders = wanted.length > 0 ? wanted : testFolders();
-  const isAlone = folders.length === 1;
-  const laneOf = (folder: string) => lanes.findIndex((lane) => lane.includes(folder));
+  const isAlone = folders.length === 1 || availableParallelism() === 1;
+  const laneOf = (folder: string) => (isAlone ? 0 : lanes.findIndex((lane) => lane.includes(folder)));
   if (!isAlone) console.log(`test/${folders.join(", test/")}: side by side, each printed when it has ended`);
   await Promise.all(
     [...Map.groupBy(folders, laneOf).values()].map(async (lane) => {

@@ -128,6 +128,8 @@ export interface LifeOptions {
   /** Keeps the daemons' log and the world's record, in order. */
   log?: boolean;
   without?: readonly Feature[];
+  /** These in any case. */
+  given?: readonly Feature[];
 }
 export interface Outcome {
   seed: number;
@@ -206,17 +208,18 @@ class Life {
   #isOver = false;
   #spawned = 0;
 
-  constructor(seed: number, { program = maxgroup, log = false, without = [] }: LifeOptions) {
+  constructor(seed: number, { program = maxgroup, log = false, without = [], given = [] }: LifeOptions) {
     this.#seed = seed;
     this.#log = log;
     this.#program = program;
     const random = streamOf(seed, "features");
-    this.#isQuiet = random.chance(0.2);
+    this.#isQuiet = random.chance(0.2) && given.length === 0;
     const mildness = choose(random, 0.25, 0.6, 1, 1.4);
     this.#features = new Set(
       featureNames.filter((name) => {
         const draw = (LATER.has(name) ? streamOf(seed, `feature ${name}`) : random).next();
         if (without.includes(name)) return false;
+        if (given.includes(name)) return true;
         return this.#isQuiet ? GENTLE.has(name) && draw < FEATURES[name] : draw < FEATURES[name] * mildness;
       }),
     );

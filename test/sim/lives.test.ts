@@ -18,8 +18,8 @@ test(
   "every bug put in on purpose is found within 500 lives",
   async () => {
     const found = await runMutations(500);
+    expect([...found].filter(([, seed]) => typeof seed !== "number")).toEqual([]);
     expect(found.size).toBe(MUTATIONS.length);
-    expect([...found].filter(([, seed]) => seed === undefined).map(([name]) => name)).toEqual([]);
   },
   15 * 60_000,
 );

@@ -3,9 +3,12 @@
 // one place, is an error: then the program has moved on, and the words here must follow.
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
+import type { Feature } from "./life.ts";
 
 export interface Mutation {
   name: string;
+  /** What a life must have for it to matter, where few lives have it all: those that look for it are given it. */
+  given?: Feature[];
   /** A life that finds it: the first one, when this was written. Without it the search takes minutes. */
   seed?: number;
   /** What to look for, and what stands there instead. */

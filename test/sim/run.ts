@@ -4,6 +4,7 @@
 //   bun test/sim/run.ts --seed 7 [--log]      one life again, with the daemons' log and what AWS did
 //   bun test/sim/run.ts --seed 7 --shrink     leaves out features as long as the life still fails
 //     --without kills,stale                   without these features
+//     --given kills,stale                     with these in any case
 //     --mutation "a name, or part of it"      against the program with that bug (see mutations.ts)
 //
 // A worker process prints one line of JSON for each life, so that the parent knows which seed a crash belongs to.
@@ -31,10 +32,10 @@ interface Line {
 }
 
 const WORKERS = 2;
-/** A life takes about 100 ms; one that takes this long goes round in circles. */
-const HANG_MS = 60_000;
+/** A life takes 200 ms of a core; one that takes this long goes round in circles. */
+const HANG_MS = 180_000;
 
-export const replayOf = (seed: number) => `bun test/sim/run.ts --seed ${seed} --log`;
+const replayOf = (seed: number) => `bun test/sim/run.ts --seed ${seed} --log`;
 const describe = ({ rule, atMs, text }: Finding) => `invariant ${rule} at ${((atMs - EPOCH_MS) / 1000).toFixed(1)} s: ${text}`;
 
 /** Lives with seeds `from` to `from + count - 1` on two processes; the failed ones, by seed. */
@@ -85,14 +86,14 @@ export async function runSeeds(
  * The seed that finds a mutation, or undefined where `limit` lives do not; the one that found it last is tried first. A
  * seed that the real program fails at proves nothing.
  */
-export async function findMutation(mutation: Mutation, limit: number): Promise<{ seed: number; finding: Finding } | undefined> {
+async function findMutation(mutation: Mutation, limit: number): Promise<{ seed: number; finding: Finding } | undefined> {
   const path = await writeMutant(mutation);
   try {
     const program = (await import(pathToFileURL(path).href)) as Program;
     const seeds = Array.from({ length: limit }, (_, n) => n + 1);
     for (const seed of [mutation.seed ?? 1, ...seeds]) {
-      const [finding] = (await live(seed, { program })).findings;
-      if (finding && !(await live(seed)).findings.length) return { seed, finding };
+      const [finding] = (await live(seed, { program, given: mutation.given })).findings;
+      if (finding && !(await live(seed, { given: mutation.given })).findings.length) return { seed, finding };
     }
     return undefined;
   } finally {
@@ -100,30 +101,29 @@ export async function findMutation(mutation: Mutation, limit: number): Promise<{
   }
 }
 
-/** The seed that finds each mutation, undefined where none up to `limit` does; on two processes. */
-export async function runMutations(limit: number): Promise<Map<string, number | undefined>> {
-  const found = new Map<string, number | undefined>();
-  await Promise.all(
-    Array.from({ length: WORKERS }, async (_, n) => {
-      const child = Bun.spawn([process.execPath, import.meta.path, "--mutations", `${n}`, `${limit}`], {
-        stdout: "pipe",
-        stderr: "inherit",
-      });
-      for (const line of (await new Response(child.stdout).text()).split("\n").filter(Boolean)) {
-        const { name, seed } = JSON.parse(line) as { name: string; seed?: number };
-        found.set(name, seed);
-      }
-    }),
-  );
+/** What became of each mutation: the seed that finds it, or in words why there is none up to `limit`. On two processes. */
+export async function runMutations(limit: number): Promise<Map<string, number | string>> {
+  const found = new Map<string, number | string>();
+  const waiting = MUTATIONS.map(({ name }) => name);
+  const runWorker = async () => {
+    for (let name = waiting.shift(); name !== undefined; name = waiting.shift()) {
+      const command = [process.execPath, import.meta.path, "--find", name, "--limit", `${limit}`];
+      const child = Bun.spawn(command, { stdout: "pipe", stderr: "inherit" });
+      const text = await new Response(child.stdout).text();
+      await child.exited;
+      found.set(name, text.startsWith("{") ? (JSON.parse(text) as { seed: number }).seed : text || `exit ${child.exitCode}`);
+    }
+  };
+  await Promise.all(Array.from({ length: WORKERS }, runWorker));
   return found;
 }
 
 /** Leaves out one feature after the other as long as the same invariant still breaks. */
-async function shrink(seed: number, without: Feature[], program: Program | undefined): Promise<Outcome> {
-  let outcome = await live(seed, { program, without });
+async function shrink(seed: number, without: Feature[], given: Feature[], program: Program | undefined): Promise<Outcome> {
+  let outcome = await live(seed, { program, without, given });
   const rule = outcome.findings[0]?.rule;
   for (const feature of rule ? [...outcome.features] : []) {
-    const fewer = await live(seed, { program, without: [...without, feature] });
+    const fewer = await live(seed, { program, without: [...without, feature], given });
     if (fewer.findings[0]?.rule !== rule) continue;
     without.push(feature);
     outcome = fewer;
@@ -136,7 +136,8 @@ async function main(args: string[]): Promise<number> {
     const place = args.indexOf(name);
     return place < 0 ? undefined : args[place + 1];
   };
-  const without = featureNames.filter((name) => value("--without")?.split(",").includes(name));
+  const named = (option: string) => featureNames.filter((name) => value(option)?.split(",").includes(name));
+  const without = named("--without");
   const mutation = MUTATIONS.find(({ name }) => args.includes("--mutation") && name.includes(value("--mutation") ?? ""));
 
   if (args[0] === "--worker") {
@@ -150,13 +151,15 @@ async function main(args: string[]): Promise<number> {
     return 0;
   }
 
-  if (args[0] === "--mutations") {
-    for (const one of MUTATIONS.filter((_, n) => n % WORKERS === Number(args[1]))) {
-      const startMs = performance.now();
-      // One that fits no longer must not hide the others.
-      const found = await findMutation(one, Number(args[2])).catch((error: Error) => void console.error(error.message));
-      process.stdout.write(`${JSON.stringify({ name: one.name, ...found, ms: performance.now() - startMs })}\n`);
-    }
+  const wanted = MUTATIONS.find(({ name }) => name === value("--find"));
+  if (wanted) {
+    const startMs = performance.now();
+    const limit = Number(value("--limit"));
+    const found = await findMutation(wanted, limit).catch((error: Error) => error.message); // it fits no longer
+    const seconds = ((performance.now() - startMs) / 1000).toFixed(1);
+    if (typeof found === "object" && found.seed !== wanted.seed)
+      console.error(`found by seed ${found.seed}, and not by ${wanted.seed}, after ${seconds} s: ${wanted.name}`);
+    process.stdout.write(typeof found === "object" ? JSON.stringify(found) : (found ?? `not found within ${limit} lives`));
     return 0;
   }
 
@@ -165,10 +168,10 @@ async function main(args: string[]): Promise<number> {
     const path = mutation && (await writeMutant(mutation));
     const program = path ? ((await import(pathToFileURL(path).href)) as Program) : undefined;
     if (path) rmSync(path);
-    const log = args.includes("--log");
+    const given = mutation?.given ?? named("--given");
     const outcome = args.includes("--shrink")
-      ? await shrink(Number(seed), without, program)
-      : await live(Number(seed), { program, log, without });
+      ? await shrink(Number(seed), without, given, program)
+      : await live(Number(seed), { program, log: args.includes("--log"), without, given });
     process.stdout.write(outcome.lines.join(""));
     const { features, isQuiet, minutes, restMinutes, launches, calls, findings } = outcome;
     console.log(`\nseed ${seed}: ${isQuiet ? "quiet; " : ""}${features.join(", ") || "no features"}`);
