@@ -2591,6 +2591,7 @@ async function planBatch(
   const fault = all.find((t) => t.fault)?.fault;
   if (fault) {
     ctx.deps.log.error(`nothing is launched: ${fault}`, { group: name });
+    ctx.state.groups.set(name, { options, broken: fault }); // until a refresh finds it mended
     return undefined;
   }
   const inHand = [...ctx.state.inHand.values()].filter((w) => w.group === name && w.queue === "interruption_evt_sqs");
@@ -5395,7 +5396,9 @@ export async function checkGroups(ctx: Ctx): Promise<void> {
         const group = groups[n];
         const { options, faults } = withTags(fromFile, group?.tags ?? {});
         const known = before.get(name);
-        const broken = groupFault(name, group) ?? (await templateFault(ctx, group));
+        // Templates are read once, and again before each launch, which looks for the same faults.
+        const isFine = known !== undefined && !known.broken;
+        const broken = groupFault(name, group) ?? (isFine ? undefined : await templateFault(ctx, group));
         const log = deps.log.with({ group: name });
         if (broken) {
           log[known?.broken === broken ? "debug" : "error"](`group ${name} is left out: ${broken}`);

@@ -564,6 +564,7 @@ test("dry runs: a group whose template is gone keeps no other from being asked f
     return isApi ? { before: new AwsError("InvalidLaunchTemplateId.NotFound", "gone") } : undefined;
   };
   const templateOf = (name: string) => s.world.autoscaling.groups.get(name)?.template?.LaunchTemplateId ?? "none";
+  await s.seconds(70); // what was read at the start is remembered for a minute
   s.world.interrupt(old);
   await s.until(() => ctx.state.inHand.size > 0, 30);
   void maxgroup.checkPermissions(ctx);
