@@ -1159,51 +1159,53 @@ async function readVolumes(ctx: Ctx, doing: string, Filters: Filter[]): Promise<
   return pages.flatMap((p) => p.Volumes ?? []).flatMap((v) => toVolume(v) ?? []);
 }
 
-/** All batched reads and queue writes; the numbers are AWS's own limits a call. */
-function makeCloud(ctx: Ctx) {
-  const { deps } = ctx;
-  const describe = async (doing: string, Filters: Filter[]) => {
-    const pages = await allPages((NextToken) =>
-      aws(ctx, doing, (o) => deps.ec2.send(new DescribeInstancesCommand({ Filters, MaxResults: 1000, NextToken }), o)),
-    );
-    const instances = pages.flatMap((p) => p.Reservations ?? []).flatMap((r) => r.Instances ?? []);
-    for (const i of instances) mustHave(i.InstanceId ?? "an instance", i, "InstanceId", "State", "LaunchTime");
-    return instances.flatMap((i) => toInstance(i) ?? []);
-  };
-  const queueWrite = <T extends { queue: string }>(
-    doing: string,
-    write: (
-      client: Sender<SQSClient>,
-      QueueUrl: string,
-      items: T[],
-      o: { abortSignal: AbortSignal },
-    ) => Promise<{ Failed?: { Id?: string; Code?: string; Message?: string; SenderFault?: boolean }[] }>,
-  ) =>
-    batcher<T, void>(deps, { limit: 10, parallel: 8, alike: (item) => item.queue }, async (items) => {
-      const url = items[0]?.queue ?? "";
-      const faults = new Map<T, Error>();
-      // AWS may refuse some of a batch; what is not the sender's fault is tried again.
-      for (let left = items, tries = 1; left.length; tries++) {
-        const { Failed = [] } = await aws(ctx, doing, (o) => write(deps.sqs(url), url, left, o));
-        const again = Failed.flatMap(({ Id, Code = "Failed", Message = "", SenderFault }) => {
-          const item = left[Number(Id)];
-          if (!item) return [];
-          if (SenderFault === false && tries < 5) return [item];
-          faults.set(
-            item,
-            Object.assign(new Error(`${doing}: ${Code}: ${Message}`), { name: SenderFault === false ? "InternalError" : Code }),
-          );
-          return [];
-        });
-        left = again;
-        if (left.length) await pause(ctx, 200 * 2 ** tries * ctx.deps.random());
-      }
-      return items.map((item) => faults.get(item));
-    });
-  /** The same tags for several share a call. */
-  type Tagging = { ids: string[]; tags: Record<string, string>; patienceMs: number };
-  const tagBatch = batcher<Tagging, void>(
-    deps,
+async function describeInstances(ctx: Ctx, doing: string, Filters: Filter[]): Promise<Ec2Instance[]> {
+  const pages = await allPages((NextToken) =>
+    aws(ctx, doing, (o) => ctx.deps.ec2.send(new DescribeInstancesCommand({ Filters, MaxResults: 1000, NextToken }), o)),
+  );
+  const instances = pages.flatMap((p) => p.Reservations ?? []).flatMap((r) => r.Instances ?? []);
+  for (const i of instances) mustHave(i.InstanceId ?? "an instance", i, "InstanceId", "State", "LaunchTime");
+  return instances.flatMap((i) => toInstance(i) ?? []);
+}
+
+function queueWriter<T extends { queue: string }>(
+  ctx: Ctx,
+  doing: string,
+  write: (
+    client: Sender<SQSClient>,
+    QueueUrl: string,
+    items: T[],
+    o: { abortSignal: AbortSignal },
+  ) => Promise<{ Failed?: { Id?: string; Code?: string; Message?: string; SenderFault?: boolean }[] }>,
+) {
+  return batcher<T, void>(ctx.deps, { limit: 10, parallel: 8, alike: (item) => item.queue }, async (items) => {
+    const url = items[0]?.queue ?? "";
+    const faults = new Map<T, Error>();
+    // AWS may refuse some of a batch; what is not the sender's fault is tried again.
+    for (let left = items, tries = 1; left.length; tries++) {
+      const { Failed = [] } = await aws(ctx, doing, (o) => write(ctx.deps.sqs(url), url, left, o));
+      const again = Failed.flatMap(({ Id, Code = "Failed", Message = "", SenderFault }) => {
+        const item = left[Number(Id)];
+        if (!item) return [];
+        if (SenderFault === false && tries < 5) return [item];
+        faults.set(
+          item,
+          Object.assign(new Error(`${doing}: ${Code}: ${Message}`), { name: SenderFault === false ? "InternalError" : Code }),
+        );
+        return [];
+      });
+      left = again;
+      if (left.length) await pause(ctx, 200 * 2 ** tries * ctx.deps.random());
+    }
+    return items.map((item) => faults.get(item));
+  });
+}
+
+/** The same tags for several share a call. */
+type Tagging = { ids: string[]; tags: Record<string, string>; patienceMs: number };
+function tagger(ctx: Ctx) {
+  return batcher<Tagging, void>(
+    ctx.deps,
     {
       limit: 40,
       parallel: 8,
@@ -1215,16 +1217,63 @@ function makeCloud(ctx: Ctx) {
       return items.map(() => undefined);
     },
   );
-  const terminate = async (ids: string[]): Promise<void> => {
-    try {
-      await aws(ctx, `terminating ${ids.join(" ")}`, (o) =>
-        deps.ec2.send(new TerminateInstancesCommand({ InstanceIds: ids }), o),
+}
+
+/** Keys: group, space, instance. One reading a group. */
+async function readActivities(ctx: Ctx, keys: string[]): Promise<Map<string, Activity[]>> {
+  const found = new Map<string, Activity[]>(keys.map((key) => [key, []]));
+  for (const [name, wanted] of Map.groupBy(keys, (key) => key.slice(0, key.lastIndexOf(" ")))) {
+    const missing = new Map(wanted.map((key) => [key.slice(name.length + 1), key]));
+    let NextToken: string | undefined;
+    // What left longer ago is not looked for: a busy group has thousands of activities in the six weeks that AWS keeps them.
+    const oldestMs = cloudNow(ctx) - 12 * 3_600_000;
+    for (let page = 0; missing.size && page < 20; page++) {
+      const input = { AutoScalingGroupName: name, MaxRecords: 100, NextToken };
+      const answer = await aws(ctx, `reading the activities of ${name}`, (o) =>
+        ctx.deps.autoScaling.send(new DescribeScalingActivitiesCommand(input), o),
       );
-    } catch (error) {
-      if (!NOT_FOUND.has(errorName(error))) throw error; // gone already is what was wanted
-      if (ids.length > 1) for (const id of ids) await terminate([id]);
+      for (const activity of answer.Activities ?? []) {
+        const id = named(new Error(activity.Description))[0] ?? "";
+        found.get(`${name} ${id}`)?.push(activity);
+        if (activity.Cause !== undefined) missing.delete(id);
+      }
+      NextToken = answer.NextToken;
+      const startMs = answer.Activities?.at(-1)?.StartTime?.getTime();
+      if (!NextToken || (startMs !== undefined && startMs < oldestMs)) break;
     }
-  };
+  }
+  return found;
+}
+
+async function readHealth(ctx: Ctx, targets: { arn: string; id: string }[]): Promise<boolean[]> {
+  const arn = targets[0]?.arn ?? "";
+  const Targets = [...new Set(targets.map((t) => t.id))].map((Id) => ({ Id }));
+  try {
+    const command = new DescribeTargetHealthCommand({ TargetGroupArn: arn, Targets });
+    // Who waits asks again every second; a last mark before the deadline may not be missed for it.
+    const brief = { tries: 1, timeoutMs: 3_000 };
+    const answer = await aws(ctx, `reading target health in ${arn}`, (o) => ctx.deps.elb.send(command, o), brief);
+    // `unused`: no load balancer sends to this target group, so nothing can become healthy in it.
+    const good = new Set(
+      (answer.TargetHealthDescriptions ?? []).flatMap(({ Target, TargetHealth: { State, Reason } = {} }) =>
+        State === "healthy" || (State === "unused" && Reason === "Target.NotInUse") ? [Target?.Id] : [],
+      ),
+    );
+    return targets.map((t) => good.has(t.id));
+  } catch (error) {
+    if (error instanceof Stopped) throw error;
+    if (isRetryable(error)) ctx.deps.log.debug(`${errorText(error)}: not healthy as far as is known`);
+    else sayOnce(ctx, "warn", `health ${arn} ${errorName(error)}`, `${explain(error)}: target health in ${arn} cannot be read`);
+    // Nothing can become healthy in one that is gone.
+    return targets.map(() => errorName(error).startsWith("TargetGroupNotFound"));
+  }
+}
+
+/** All batched reads and queue writes; the numbers are AWS's own limits a call. */
+function makeCloud(ctx: Ctx) {
+  const { deps } = ctx;
+  const describe = (doing: string, Filters: Filter[]) => describeInstances(ctx, doing, Filters);
+  const tagBatch = tagger(ctx);
   return {
     describe,
     /** By filter, not by ID: an unknown ID is then absent instead of failing the whole call. */
@@ -1272,96 +1321,56 @@ function makeCloud(ctx: Ctx) {
       return new Map(AutoScalingGroups.flatMap((g) => toGroup(g) ?? []).map((g) => [g.name, g]));
     }),
     /** The scaling activities that name one of these instances (keys: group, space, instance), newest first; one reading a group. */
-    activities: reader<Activity[]>(ctx, { limit: 100, parallel: 2 }, async (keys) => {
-      const found = new Map<string, Activity[]>(keys.map((key) => [key, []]));
-      for (const [name, wanted] of Map.groupBy(keys, (key) => key.slice(0, key.lastIndexOf(" ")))) {
-        const missing = new Map(wanted.map((key) => [key.slice(name.length + 1), key]));
-        let NextToken: string | undefined;
-        // What left longer ago is not looked for: a busy group has thousands of activities in the six weeks that AWS keeps them.
-        const oldestMs = cloudNow(ctx) - 12 * 3_600_000;
-        for (let page = 0; missing.size && page < 20; page++) {
-          const input = { AutoScalingGroupName: name, MaxRecords: 100, NextToken };
-          const answer = await aws(ctx, `reading the activities of ${name}`, (o) =>
-            deps.autoScaling.send(new DescribeScalingActivitiesCommand(input), o),
-          );
-          for (const activity of answer.Activities ?? []) {
-            const id = named(new Error(activity.Description))[0] ?? "";
-            found.get(`${name} ${id}`)?.push(activity);
-            if (activity.Cause !== undefined) missing.delete(id);
-          }
-          NextToken = answer.NextToken;
-          const startMs = answer.Activities?.at(-1)?.StartTime?.getTime();
-          if (!NextToken || (startMs !== undefined && startMs < oldestMs)) break;
-        }
-      }
-      return found;
-    }),
+    activities: reader<Activity[]>(ctx, { limit: 100, parallel: 2 }, (keys) => readActivities(ctx, keys)),
     /** Healthy in one target group. Where that cannot be read it is not: the deadline's rules need no health. */
-    isHealthy: batcher<{ arn: string; id: string }, boolean>(
-      deps,
-      { limit: 100, parallel: 4, alike: (t) => t.arn },
-      async (targets) => {
-        const arn = targets[0]?.arn ?? "";
-        const Targets = [...new Set(targets.map((t) => t.id))].map((Id) => ({ Id }));
-        try {
-          const command = new DescribeTargetHealthCommand({ TargetGroupArn: arn, Targets });
-          // Who waits asks again every second; a last mark before the deadline may not be missed for it.
-          const brief = { tries: 1, timeoutMs: 3_000 };
-          const answer = await aws(ctx, `reading target health in ${arn}`, (o) => deps.elb.send(command, o), brief);
-          // `unused`: no load balancer sends to this target group, so nothing can become healthy in it.
-          const good = new Set(
-            (answer.TargetHealthDescriptions ?? []).flatMap(({ Target, TargetHealth: { State, Reason } = {} }) =>
-              State === "healthy" || (State === "unused" && Reason === "Target.NotInUse") ? [Target?.Id] : [],
-            ),
-          );
-          return targets.map((t) => good.has(t.id));
-        } catch (error) {
-          if (error instanceof Stopped) throw error;
-          if (isRetryable(error)) deps.log.debug(`${errorText(error)}: not healthy as far as is known`);
-          else
-            sayOnce(
-              ctx,
-              "warn",
-              `health ${arn} ${errorName(error)}`,
-              `${explain(error)}: target health in ${arn} cannot be read`,
-            );
-          // Nothing can become healthy in one that is gone.
-          return targets.map(() => errorName(error).startsWith("TargetGroupNotFound"));
-        }
-      },
+    isHealthy: batcher<{ arn: string; id: string }, boolean>(deps, { limit: 100, parallel: 4, alike: (t) => t.arn }, (targets) =>
+      readHealth(ctx, targets),
     ),
-    send: queueWrite<{ queue: string; body: string; delaySeconds: number }>("sending messages", (client, QueueUrl, items, o) =>
-      client.send(
-        new SendMessageBatchCommand({
-          QueueUrl,
-          Entries: items.map((m, i) => ({
-            Id: String(i),
-            MessageBody: m.body,
-            DelaySeconds: Math.max(0, Math.min(900, Math.round(m.delaySeconds))),
-          })),
-        }),
-        o,
-      ),
+    send: queueWriter<{ queue: string; body: string; delaySeconds: number }>(
+      ctx,
+      "sending messages",
+      (client, QueueUrl, items, o) =>
+        client.send(
+          new SendMessageBatchCommand({
+            QueueUrl,
+            Entries: items.map((m, i) => ({
+              Id: String(i),
+              MessageBody: m.body,
+              DelaySeconds: Math.max(0, Math.min(900, Math.round(m.delaySeconds))),
+            })),
+          }),
+          o,
+        ),
     ),
-    remove: queueWrite<{ queue: string; receipt: string }>("deleting messages", (client, QueueUrl, items, o) =>
+    remove: queueWriter<{ queue: string; receipt: string }>(ctx, "deleting messages", (client, QueueUrl, items, o) =>
       client.send(
         new DeleteMessageBatchCommand({ QueueUrl, Entries: items.map((m, i) => ({ Id: String(i), ReceiptHandle: m.receipt })) }),
         o,
       ),
     ),
-    lease: queueWrite<{ queue: string; receipt: string; seconds: number }>("holding messages", (client, QueueUrl, items, o) =>
-      client.send(
-        new ChangeMessageVisibilityBatchCommand({
-          QueueUrl,
-          Entries: items.map((m, i) => ({ Id: String(i), ReceiptHandle: m.receipt, VisibilityTimeout: m.seconds })),
-        }),
-        o,
-      ),
+    lease: queueWriter<{ queue: string; receipt: string; seconds: number }>(
+      ctx,
+      "holding messages",
+      (client, QueueUrl, items, o) =>
+        client.send(
+          new ChangeMessageVisibilityBatchCommand({
+            QueueUrl,
+            Entries: items.map((m, i) => ({ Id: String(i), ReceiptHandle: m.receipt, VisibilityTimeout: m.seconds })),
+          }),
+          o,
+        ),
     ),
     /** Just after a launch AWS may not know an ID yet: patience, `patienceMs` long; then those unknown are left out. */
     tag: (ids: string[], tags: Record<string, string>, patienceMs = 0) =>
       ids.length ? tagBatch({ ids, tags, patienceMs }) : Promise.resolve(),
-    terminate,
+    terminate: async (id: string) => {
+      const command = new TerminateInstancesCommand({ InstanceIds: [id] });
+      try {
+        await aws(ctx, `terminating ${id}`, (o) => deps.ec2.send(command, o));
+      } catch (error) {
+        if (!NOT_FOUND.has(errorName(error))) throw error; // gone already is what was wanted
+      }
+    },
   };
 }
 export type Cloud = ReturnType<typeof makeCloud>;
@@ -3079,7 +3088,7 @@ async function endOutside(ctx: Ctx, claim: string, group: string): Promise<boole
   }
   return lane(ctx, group).exclusive(async () => {
     if (ctx.state.joined.has(claim)) return false;
-    await ctx.cloud.terminate([claim]);
+    await ctx.cloud.terminate(claim);
     ctx.state.claims.delete(claim);
     return true;
   });
@@ -3438,11 +3447,11 @@ async function terminate(ctx: Ctx, work: Work): Promise<Result> {
         { Name: "instance-state-name", Values: ["shutting-down"] },
       ]);
       if (ending.length >= limit) return false;
-      await ctx.cloud.terminate([instance]);
+      await ctx.cloud.terminate(instance);
       return true;
     });
     if (!room) return retry(`${limit} of ${group} are ending already`, 10);
-  } else await ctx.cloud.terminate([instance]);
+  } else await ctx.cloud.terminate(instance);
   work.log.info(`terminated ${instance}`);
   return done;
 }
@@ -4957,7 +4966,7 @@ async function actOnClaim(
     }
     case "end outside":
       if (await ctx.cloud.member(claim.id)) return; // the second read
-      await ctx.cloud.terminate([claim.id]);
+      await ctx.cloud.terminate(claim.id);
       ctx.state.claims.delete(claim.id);
       return log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
   }
