@@ -213,7 +213,7 @@ class Life {
     this.#log = log;
     this.#program = program;
     const random = streamOf(seed, "features");
-    this.#isQuiet = random.chance(0.2) && given.length === 0;
+    this.#isQuiet = random.chance(0.2) && given.every((name) => GENTLE.has(name));
     const mildness = choose(random, 0.25, 0.6, 1, 1.4);
     this.#features = new Set(
       featureNames.filter((name) => {

@@ -91,7 +91,7 @@ async function findMutation(mutation: Mutation, limit: number): Promise<{ seed: 
   try {
     const program = (await import(pathToFileURL(path).href)) as Program;
     const seeds = Array.from({ length: limit }, (_, n) => n + 1);
-    for (const seed of [mutation.seed ?? 1, ...seeds]) {
+    for (const seed of [mutation.seed, ...seeds]) {
       const [finding] = (await live(seed, { program, given: mutation.given })).findings;
       if (finding && !(await live(seed, { given: mutation.given })).findings.length) return { seed, finding };
     }
