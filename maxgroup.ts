@@ -2599,8 +2599,9 @@ async function planBatch(
   const all = [data, ...(await Promise.all(group.overrides.flatMap((o) => (o.template ? [templateOf(ctx, o.template)] : []))))];
   const fault = all.find((t) => t.fault)?.fault;
   if (fault) {
-    ctx.deps.log.error(`nothing is launched: ${fault}`, { group: name });
-    ctx.state.groups.set(name, { options, broken: fault }); // until a refresh finds it mended
+    const known = ctx.state.groups.get(name);
+    if (known?.broken !== fault) ctx.deps.log.error(`nothing is launched: ${fault}`, { group: name });
+    if (known) ctx.state.groups.set(name, { ...known, broken: fault }); // until a refresh finds it mended
     return undefined;
   }
   const inHand = [...ctx.state.inHand.values()].filter((w) => w.group === name && w.queue === "interruption_evt_sqs");
