@@ -7,7 +7,7 @@
  * AWS gives two minutes' notice. In them max_group launches a replacement from the group's own launch
  * template, attaches it, and detaches the old instance once the new one is in service, so that the group's
  * capacity never dips. It keeps no state of its own: what is to be done lives in three SQS queues, what was
- * done in tags on the instances, so it can be killed at any point, started again, and run twice.
+ * done in tags, so it can be killed at any point, started again, and run twice.
  *
  * The file reads top to bottom as data flows: flags, config, log, effects, pacing and batching, the cloud as
  * we see it, notices, the handler table, the loop, the steps (with volumes, Kubernetes and Consul), the
@@ -166,7 +166,7 @@ const port = v.pipe(
 );
 const WEEK_SECONDS = 7 * 24 * 3600;
 
-/** Options of a group, as in the manual's table and DESIGN.md; each may also stand on the group as a tag spotmax:OPTION. */
+/** Options of a group, as in the README's table; each may also stand on the group as a tag spotmax:OPTION. */
 const GROUP_OPTIONS = {
   detaching_delay_seconds: v.optional(wholeNumber(0, 900), 20),
   max_num_of_terminated_one_time: v.optional(wholeNumber(1, 10_000), 1),
@@ -429,7 +429,7 @@ export function licenseFault(license: string, publicKey: string, now: number): s
 
 const LEVELS = ["debug", "info", "warn", "error"] as const;
 export type Level = (typeof LEVELS)[number];
-export type Fields = Record<string, string | number | boolean | undefined>;
+type Fields = Record<string, string | number | boolean | undefined>;
 export type Log = Record<Level, (message: string, fields?: Fields) => void> & {
   with: (fields: Fields) => Log;
 };
@@ -585,6 +585,7 @@ const tick = (ctx: Ctx, deadlineMs = Number.POSITIVE_INFINITY) => {
 };
 /** So long before the deadline the old one is detached whatever its replacement does. */
 const FORCED_MS = 5_000;
+/** More messages in hand than this are a wave. */
 const WAVE = 100;
 
 /** What `run` comes to, or `otherwise` where it fails, which `say` hears of. Only a stop goes through. */
@@ -665,7 +666,7 @@ async function allPages<P extends { NextToken?: string }>(read: (NextToken?: str
 // each of its buckets is free until it refuses: then it goes on at the pace of what was granted in the last second,
 // and faster again as long as nothing is refused. What changes something goes before what only reads.
 
-export type Pace = {
+type Pace = {
   /** Waits for its turn and uses it; `rank` 0 goes first. Rejects when the program stops, or its own caller gives up. */
   take: (rank: number, signal?: AbortSignal) => Promise<void>;
   /** Waits until a turn is free, and leaves it there. */
@@ -1122,13 +1123,13 @@ const isLeaving = ({ Description = "" }: Activity) => /^(Detaching|Terminating|M
  * How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself.
  * The newest activity that names it tells; one without its cause does not say how.
  */
-export function howItLeft(activities: Activity[], instance: string, detachedTag: boolean): HowLeft {
+export function howItLeft(activities: Activity[], instance: string): HowLeft {
   for (const activity of activities) {
     if (activity.Cause === undefined || !`${activity.Description} `.includes(`${instance} `)) continue;
     if (!isLeaving(activity)) break; // it came back after whatever stands behind this
     return /shrinking the capacity/.test(activity.Cause) ? "decremented" : "substituted";
   }
-  return detachedTag ? "decremented" : "unknown";
+  return "unknown";
 }
 
 async function tagAll(ctx: Ctx, ids: string[], tags: Record<string, string>, patienceMs: number): Promise<void> {
@@ -1201,8 +1202,8 @@ function queueWriter<T extends { queue: string }>(
   });
 }
 
-/** The same tags for several share a call. */
 type Tagging = { ids: string[]; tags: Record<string, string>; patienceMs: number };
+/** The same tags for several share a call. */
 function tagger(ctx: Ctx) {
   return batcher<Tagging, void>(
     ctx.deps,
@@ -1320,9 +1321,9 @@ function makeCloud(ctx: Ctx) {
       for (const g of AutoScalingGroups) mustHave("a group", g, "AutoScalingGroupName");
       return new Map(AutoScalingGroups.flatMap((g) => toGroup(g) ?? []).map((g) => [g.name, g]));
     }),
-    /** The scaling activities that name one of these instances (keys: group, space, instance), newest first; one reading a group. */
+    /** The scaling activities that name an instance, newest first. */
     activities: reader<Activity[]>(ctx, { limit: 100, parallel: 2 }, (keys) => readActivities(ctx, keys)),
-    /** Healthy in one target group. Where that cannot be read it is not: the deadline's rules need no health. */
+    /** Healthy in one target group. Where that cannot be read it is not, unless there is no such group any more. */
     isHealthy: batcher<{ arn: string; id: string }, boolean>(deps, { limit: 100, parallel: 4, alike: (t) => t.arn }, (targets) =>
       readHealth(ctx, targets),
     ),
@@ -1373,15 +1374,15 @@ function makeCloud(ctx: Ctx) {
     },
   };
 }
-export type Cloud = ReturnType<typeof makeCloud>;
+type Cloud = ReturnType<typeof makeCloud>;
 
-/** A group of the configuration, as the last look at it left it; `faults` are those of its tags. */
+/** A group of the configuration, as the last look at it left it: why it is left out, and the faults of its tags. */
 type LookedAfter = { options: GroupOptions; broken?: string; faults?: string };
 
 /** What the process remembers. All of it may be lost at any moment: it saves calls and says what is in hand. */
 const newState = (config: Config) => ({
   config,
-  /** Groups looked after, with their options; `broken` says why one is left out at the moment. */
+  /** Groups looked after, and those of the configuration that are left out at the moment. */
   groups: new Map<string, LookedAfter>(),
   /** AWS's clock less this machine's. */
   clockOffsetMs: 0,
@@ -1399,9 +1400,9 @@ const newState = (config: Config) => ({
   /** Pools that failed or are being reclaimed, until when (ms); a hint only. */
   failedPools: new Map<string, number>(),
   lanes: new Map<string, Lane>(),
-  /** How fast AWS's request buckets let us go, and our own reads. */
+  /** How fast AWS's request buckets, and our own limit on launch calls, let us go. */
   paces: new Map<string, Pace>(),
-  /** Launch templates and subnets, a minute each. */
+  /** Reads that change seldom, a minute each (see `cached`). */
   cache: new Map<string, { atMs: number; value: Promise<unknown> }>(),
   /** When the manager first saw a claim outside every group. */
   outsideSince: new Map<string, number>(),
@@ -1427,11 +1428,12 @@ const newState = (config: Config) => ({
   nodesLookedMs: Number.NEGATIVE_INFINITY,
   /** Raised maximums that may go back: since when, and since when desired stands above. */
   restoring: new Map<string, { calmSinceMs?: number; aboveSinceMs?: number }>(),
-  /** Since when a data volume lies available, or that it has been asked after; and when they were last looked for. */
+  /** Since when a data volume lies available, or that it has been asked after. */
   leftMs: new Map<string, number>(),
+  /** When they were last looked for. */
+  volumesSweptMs: Number.NEGATIVE_INFINITY,
   /** Old instances whose data could not be kept or tagged yet. */
   atRisk: new Set<string>(),
-  volumesSweptMs: Number.NEGATIVE_INFINITY,
   /** The last good copy of the Spot Advisor's data, reduced to this region. */
   advisor: undefined as Advisor | undefined,
   /** What has been said and need not be said again. */
@@ -1442,7 +1444,7 @@ const newState = (config: Config) => ({
 export type State = ReturnType<typeof newState>;
 export type Ctx = { deps: Deps; state: State; cloud: Cloud; signal: AbortSignal };
 /** One group's changes: launches share calls, attaches and detaches are made one after another. */
-export type Lane = {
+type Lane = {
   /** How many others are in hand; below the limit it is let in. */
   admit: Batcher<Work, number>;
   exclusive: <T>(run: () => Promise<T>) => Promise<T>;
@@ -1582,7 +1584,7 @@ const carriedSchema = v.object({
     groupSchema,
   ),
 });
-export type Carried = v.InferOutput<typeof carriedSchema>;
+type Carried = v.InferOutput<typeof carriedSchema>;
 const envelope = v.looseObject({
   "detail-type": v.string(),
   id: v.optional(v.string(), ""),
@@ -2241,7 +2243,7 @@ export type Pool = {
 };
 /** Why a pool is avoided: its instances are being taken back, or it had nothing lately. */
 type PoolMemory = (lifecycle: string, type: string, zone: string) => "failed" | "reclaimed" | undefined;
-export type LaunchItem = {
+type LaunchItem = {
   work: Work;
   rung: Rung;
   home: boolean;
@@ -2376,7 +2378,7 @@ function restricted(offers: Override[], only: string[]): Override[] {
   });
 }
 
-/** Attribute-based: the old one's type, which is being reclaimed, is left out by name. */
+/** Attribute-based: the old one's type, which is being reclaimed or had nothing lately, is left out by name. */
 function excluding(pool: Pool, type: string): Pool {
   const { requirements } = pool;
   if (!requirements) return pool;
@@ -2483,7 +2485,8 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
     if (isPreaction(work)) await rememberFailure(ctx, work, "no capacity");
     return skip("no capacity for a better place now: the old one stays", "info");
   }
-  return skip("no capacity anywhere until the deadline: the group substitutes when the old one goes", "error");
+  const { broken } = ctx.state.groups.get(work.group) ?? {};
+  return skip(broken ?? "no capacity anywhere until the deadline: the group substitutes when the old one goes", "error");
 }
 
 const SUBSTITUTED = "substituted";
@@ -2693,7 +2696,7 @@ async function noteClaims(ctx: Ctx, { tags, count, lifecycle }: Launch, ids: str
   if (count > 1 && ids.length) await ctx.cloud.tag(ids, order, 10_000);
 }
 
-/** The same call with the same token until there is an answer, for about two minutes. */
+/** The same call with the same token until there is an answer: for a minute where it is refused, for ten where none comes. */
 const LAUNCH_CALL = { tries: 30, timeoutMs: 20_000 };
 
 /**
@@ -2966,7 +2969,7 @@ async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<HowLeft
   const known = ctx.state.left.get(old);
   if (known) return known;
   const [activities, instance] = await Promise.all([ctx.cloud.activities(`${group} ${old}`), ctx.cloud.instance(old)]);
-  const told = howItLeft(activities ?? [], old, false);
+  const told = howItLeft(activities ?? [], old);
   if (told === "unknown" && instance?.tags[TAG.detached] === group) return "decremented";
   if (told !== "unknown") ctx.state.left.set(old, told); // that will never change
   return told;
@@ -4633,7 +4636,7 @@ async function checkCluster(ctx: Ctx, name: string, options: GroupOptions, log: 
 
 const CONSUL_MS = 3_000;
 
-export type ConsulAccess = { scheme: "http" | "https"; token: string | undefined; tls: NonNullable<BunFetchRequestInit["tls"]> };
+type ConsulAccess = { scheme: "http" | "https"; token: string | undefined; tls: NonNullable<BunFetchRequestInit["tls"]> };
 
 /**
  * Consul's environment variables, as its own tools read them (api.go: a token file wins over a token), but for the

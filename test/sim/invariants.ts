@@ -1,4 +1,4 @@
-// What must hold in every life, whatever is thrown at it: DESIGN.md's seven invariants, each put so that it is true
+// What must hold in every life, whatever is thrown at it: the seven invariants, each put so that it is true
 // of a correct program even where daemons are killed, reads are stale and clocks are apart, and otherwise as sharp
 // as can be.
 //
@@ -39,7 +39,7 @@ import { type Account, DataWatch } from "./data.ts";
 import type { FakeKube } from "./kube.ts";
 
 export interface Finding {
-  /** The invariant's number in DESIGN.md; "preaction" | "choice": another of its rules, on what is launched, and when one goes. */
+  /** The invariant's number; "preaction" | "choice": another of its rules, on what is launched, and when one goes. */
   rule: "1" | "2" | "3" | "4" | "5" | "6" | "7" | "capacity" | "quiet" | "late" | "preaction" | "choice" | "pods" | "consul";
   atMs: number;
   text: string;

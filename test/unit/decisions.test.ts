@@ -18,7 +18,7 @@ import {
 import { instance } from "./fixtures/index.ts";
 
 describe("the steps", () => {
-  // DESIGN.md's table; before and after the attach where that depends on the deadline.
+  // Before and after the attach where that depends on the deadline.
   const order = {
     interruption_evt_sqs: [
       "find group",
@@ -124,7 +124,7 @@ describe("how an instance left its group", () => {
       `${at} instances were launched to balance instances in zones us-east-2b with other zones resulting in more than desired number of instances in the group.  ${at} an instance was taken out of service in response to a difference between desired and actual capacity, ${shrinking}.  ${at} instance ${id} was selected for termination.`,
     ],
   ])("%s: nothing is owed", (_, verb, cause) => {
-    for (const tag of [true, false]) expect(howItLeft([activity(verb, cause)], id, tag)).toBe("decremented");
+    expect(howItLeft([activity(verb, cause)], id)).toBe("decremented");
   });
 
   test.each([
@@ -149,20 +149,20 @@ describe("how an instance left its group", () => {
       `${at} an instance was taken out of service in response to an EC2 instance rebalance recommendation.`,
     ],
   ])("%s: the group substitutes by itself, whatever the tag says", (_, verb, cause) => {
-    for (const tag of [true, false]) expect(howItLeft([activity(verb, cause)], id, tag)).toBe("substituted");
+    expect(howItLeft([activity(verb, cause)], id)).toBe("substituted");
   });
 
   test("an activity that lacks its cause tells nothing, and the next one is asked", () => {
     const silent = { ...activity("Detaching", ""), Cause: undefined };
-    expect(howItLeft([silent], id, false)).toBe("unknown");
-    expect(howItLeft([silent, activity("Detaching", shrinking)], id, false)).toBe("decremented");
+    expect(howItLeft([silent], id)).toBe("unknown");
+    expect(howItLeft([silent, activity("Detaching", shrinking)], id)).toBe("decremented");
   });
 
   test("the newest activity counts, which stands first", () => {
     const old = activity("Detaching", `${at} instance ${id} was detached in response to a user request, ${shrinking}.`);
     const now = activity("Terminating", `${at} an instance was taken out of service in response to an EC2 health check.`);
-    expect(howItLeft([now, old], id, true)).toBe("substituted");
-    expect(howItLeft([old, now], id, false)).toBe("decremented");
+    expect(howItLeft([now, old], id)).toBe("substituted");
+    expect(howItLeft([old, now], id)).toBe("decremented");
   });
 
   test.each([
@@ -174,13 +174,13 @@ describe("how an instance left its group", () => {
       ? { ...back, Description: `Moving EC2 instance out of Standby: ${id}` }
       : back;
     const old = activity("Detaching", `${at} instance ${id} was detached, ${shrinking}.`);
-    expect(howItLeft([now, old], id, false)).toBe("unknown");
+    expect(howItLeft([now, old], id)).toBe("unknown");
   });
 
   test("a description may say more behind the ID", () => {
     const { Cause } = activity("Terminating", `${at} an instance was taken out of service, ${shrinking}.`);
     const Description = `Terminating EC2 instance: ${id} - Waiting For ELB Connection Draining`;
-    expect(howItLeft([{ ...activity("", ""), Description, Cause }], id, false)).toBe("decremented");
+    expect(howItLeft([{ ...activity("", ""), Description, Cause }], id)).toBe("decremented");
   });
 
   test.each([
@@ -194,9 +194,8 @@ describe("how an instance left its group", () => {
       [activity("Moving", `${at} instance ${id} was moved to standby in response to a user request, ${shrinking}.`)],
     ],
     ["without words", [{ ...activity("", ""), Description: undefined, Cause: undefined }]],
-  ])("activities that do not tell (%s) leave it to the tag", (_, activities) => {
-    expect(howItLeft(activities, id, true)).toBe("decremented");
-    expect(howItLeft(activities, id, false)).toBe("unknown");
+  ])("activities that do not tell (%s) leave it open", (_, activities) => {
+    expect(howItLeft(activities, id)).toBe("unknown");
   });
 });
 
