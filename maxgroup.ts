@@ -1227,7 +1227,8 @@ async function readActivities(ctx: Ctx, keys: string[]): Promise<Map<string, Act
     const missing = new Map(wanted.map((key) => [key.slice(name.length + 1), key]));
     let NextToken: string | undefined;
     // What left longer ago is not looked for: a busy group has thousands of activities in the six weeks that AWS keeps them.
-    const oldestMs = cloudNow(ctx) - 12 * 3_600_000;
+    const open = [...ctx.state.claims.values()].filter((c) => c.tags[TAG.group] === name && !isSettled(c));
+    const oldestMs = Math.min(cloudNow(ctx) - 12 * 3_600_000, ...open.map((c) => c.launchedMs));
     for (let page = 0; missing.size && page < 20; page++) {
       const input = { AutoScalingGroupName: name, MaxRecords: 100, NextToken };
       const answer = await aws(ctx, `reading the activities of ${name}`, (o) =>
@@ -2490,12 +2491,14 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
 }
 
 const SUBSTITUTED = "substituted";
+/** A dead one that its group still has as a member; one that we let go may drain for minutes, and is substituted by nobody. */
+const isUnnoticed = (member: Member | undefined) => member !== undefined && !/^Detach/.test(member.lifecycleState);
 /** Desired counts a claim that died as a member, so the group's own substitute for it stands in for the old one as well. */
 async function isSubstituted(ctx: Ctx, { instance, group: name }: Work): Promise<boolean> {
   const { claim, gone } = await claimOn(ctx, instance);
   const group = !claim && gone.length ? await ctx.cloud.group(name) : undefined;
   for (const { id } of group ? gone : [])
-    if (group?.members.has(id) || (await howOldLeft(ctx, name, id)) === "substituted") return true;
+    if (isUnnoticed(group?.members.get(id)) || (await howOldLeft(ctx, name, id)) === "substituted") return true;
   return false;
 }
 
@@ -3202,7 +3205,7 @@ async function standIn(ctx: Ctx, group: Group, old: string, depth = 0): Promise<
   const { claim, gone } = await claimOn(ctx, old);
   if (claim) return { claim, standing: await standingOf(ctx, group, claim) };
   for (const dead of depth < 5 ? gone : []) {
-    if (group.members.has(dead.id)) return { standing: "joining" }; // the group has not noticed yet that it is to substitute it
+    if (isUnnoticed(group.members.get(dead.id))) return { standing: "joining" }; // the group has not noticed yet that it is to substitute it
     if ((await howOldLeft(ctx, group.name, dead.id)) === "substituted") {
       const others = [...group.members.values()].filter((m) => m.id !== old && m.lifecycleState === "InService");
       const weight = group.members.get(old)?.weight ?? 1;
@@ -3617,7 +3620,10 @@ const attachCommand = (volume: string, instance: string) =>
   `aws ec2 attach-volume --volume-id ${volume} --instance-id ${instance} --device ${DATA_DEVICE}`;
 
 async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
-  const [source] = ((await ctx.cloud.volumesOf(work.instance)) ?? []).filter((v) => !(TAG.copied in v.tags));
+  const waiting = ((await ctx.cloud.volumesOf(work.instance)) ?? []).filter((v) => !(TAG.copied in v.tags));
+  // Of several the one that the instance was told of; another is a copy that was never attached to it.
+  const told = waiting.length > 1 ? (await ctx.cloud.instance(work.instance))?.tags[TAG.volume] : undefined;
+  const source = waiting.find((v) => v.id === told) ?? waiting[0];
   if (!source) return skip(`no volume of ${work.instance} waits to be moved`, "info");
   const log = work.log.with({ volume: source.id });
   const isPatient = isFresh(ctx, work, VOLUME_PATIENCE_MS);
@@ -3682,7 +3688,8 @@ async function endSnapshotOf(ctx: Ctx, volume: Volume): Promise<EbsSnapshot | un
 async function copiesFrom(ctx: Ctx, snapshot: EbsSnapshot | undefined): Promise<Volume[]> {
   if (snapshot?.State !== "completed" || !snapshot.SnapshotId) return [];
   const Filters = [{ Name: "snapshot-id", Values: [snapshot.SnapshotId] }];
-  return (await readVolumes(ctx, `looking for copies from ${snapshot.SnapshotId}`, Filters)).filter((v) => TAG.volume in v.tags);
+  const found = await readVolumes(ctx, `looking for copies from ${snapshot.SnapshotId}`, Filters);
+  return found.filter((v) => TAG.volume in v.tags).sort((a, b) => a.createdMs - b.createdMs || (a.id < b.id ? -1 : 1));
 }
 
 /**
@@ -3692,9 +3699,15 @@ async function copiesFrom(ctx: Ctx, snapshot: EbsSnapshot | undefined): Promise<
 async function trailOf(ctx: Ctx, source: Volume): Promise<[Volume, ...Volume[]]> {
   const trail: [Volume, ...Volume[]] = [source];
   while (trail.length < 8) {
-    const copy = (await copiesFrom(ctx, await endSnapshotOf(ctx, trail[0]))).find((v) => v.state !== "error");
+    const copies = await copiesFrom(ctx, await endSnapshotOf(ctx, trail[0]));
+    const [copy, ...more] = copies.filter((v) => v.state !== "error");
     if (!copy) break;
-    if (trail[0].state !== "available") return [trail[0], ...trail.slice(1), copy];
+    // In two zones there may be two copies: the first counts, and the other is told that it does not.
+    trail.push(...more.filter((v) => v.state === "available"));
+    if (trail[0].state !== "available") {
+      trail.push(copy);
+      break;
+    }
     trail.unshift(copy);
   }
   return trail;
@@ -3724,7 +3737,8 @@ async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance)
     // Describes lag: a volume that shows as available may have been attached meanwhile, and be written to until the end.
     const owner = source.tags[TAG.volume] ?? "";
     const ended = await ctx.cloud.instance(owner);
-    if (ended && ended.state !== "terminated") return retry(`${owner} has not ended yet`, 3);
+    if (ended && ended.state !== "terminated")
+      return retry(`${owner} has not ended yet`, isFresh(ctx, work, VOLUME_PATIENCE_MS) ? 3 : 60);
     const TagSpecifications = [{ ResourceType: "snapshot" as const, Tags: tags(source.id) }];
     const input = { VolumeId: source.id, Description: snapshotText(source), TagSpecifications };
     const made = await aws(ctx, `copying ${source.id}`, (o) => ctx.deps.ec2.send(new CreateSnapshotCommand(input), o), {
@@ -3737,21 +3751,28 @@ async function copyTo(ctx: Ctx, work: Work, source: Volume, target: Ec2Instance)
   }
   if (snapshot.State !== "completed")
     return retry(`snapshot ${snapshot.SnapshotId} is ${snapshot.Progress || snapshot.State}`, 15);
-  const copies = await copiesFrom(ctx, snapshot);
-  if (copies.some((v) => v.state !== "error")) return retry("a copy has just been made", 3);
+  const failed = await copiesFrom(ctx, snapshot);
+  if (failed.some((v) => v.state !== "error")) return retry("a copy has just been made", 3);
   const TagSpecifications = [{ ResourceType: "volume" as const, Tags: tags(target.id) }];
   const input = { ...source.like, AvailabilityZone: target.zone, SnapshotId: snapshot.SnapshotId, TagSpecifications };
-  // One copy of a snapshot, whoever asks, and for whom: AWS refuses a second one under the token of the first.
-  const ClientToken = tokenOf({ SnapshotId: snapshot.SnapshotId }, `${copies.length}`);
-  try {
-    await aws(ctx, `making a volume from ${snapshot.SnapshotId}`, (o) =>
-      ctx.deps.ec2.send(new CreateVolumeCommand({ ...input, ClientToken }), o),
-    );
-  } catch (error) {
-    if (errorName(error) !== "IdempotentParameterMismatch") throw error;
-    return retry("a copy is being made already", 3);
+  // One copy of a snapshot, whoever asks, and for whom: AWS refuses a second one in the zone under the token of the first,
+  // unless that has gone (nobody may use its key, or somebody deleted it): then the next token is tried.
+  for (let n = failed.length; n < failed.length + 4; n++) {
+    const ClientToken = tokenOf({ SnapshotId: snapshot.SnapshotId }, `${n}`);
+    try {
+      await aws(ctx, `making a volume from ${snapshot.SnapshotId}`, (o) =>
+        ctx.deps.ec2.send(new CreateVolumeCommand({ ...input, ClientToken }), o),
+      );
+      return retry("the copy is being made", 3);
+    } catch (error) {
+      if (errorName(error) !== "IdempotentParameterMismatch") throw error;
+      if (!/already deleted/.test(errorText(error))) return retry("a copy is being made already", 3);
+    }
   }
-  return retry("the copy is being made", 3);
+  work.log.error(
+    `no copy of ${source.id} comes of ${snapshot.SnapshotId}: may the role use its key? ${source.id} stays available; to make one by hand: aws ec2 create-volume --snapshot-id ${snapshot.SnapshotId} --availability-zone ${target.zone}`,
+  );
+  return retry(`copies of ${source.id} go as soon as they are made`, 60);
 }
 
 /**
@@ -4793,16 +4814,13 @@ async function managerPass(ctx: Ctx): Promise<boolean> {
   // What fails is tried again with the next pass, holds up nothing else, and is said once.
   const part = async <T>(what: string, run: () => Promise<T>, otherwise: T) => {
     let failed = false;
+    const levels = ["warn", "error"] as const;
     const answer = await orElse(run, otherwise, (text, fields) => {
       failed = true;
-      sayOnce(
-        ctx,
-        RETRYABLE.has(String(fields?.error)) ? "warn" : "error",
-        `manager ${what}`,
-        `instance manager: ${text}; trying again`,
-      );
+      const level = RETRYABLE.has(String(fields?.error)) ? "warn" : "error";
+      sayOnce(ctx, level, `manager ${level} ${what}`, `instance manager: ${text}; trying again`);
     });
-    if (!failed) state.said.delete(`manager ${what}`);
+    if (!failed) for (const level of levels) state.said.delete(`manager ${level} ${what}`);
     return answer;
   };
   await part("orders", () => writeOrders(ctx, unordered), undefined);
@@ -5572,7 +5590,10 @@ async function checkPermission(ctx: Ctx, name: string): Promise<void> {
   if (data.asksForSpot) return;
   const [[zone, subnet] = ["", undefined]] = await subnetsByZone(ctx, group, data.namesSubnet);
   const pool: Pool = { type: offer?.type, requirements, zone, subnet, template, priority: 0 };
-  const alts = requirements ? [] : (ctx.state.groups.get(name)?.options.alt ?? []).map((type) => ({ ...pool, type }));
+  const offered = new Set([data.type, ...group.overrides.map((o) => o.type)]);
+  const isWeighted = group.desiredType !== "units" || group.overrides.some((o) => o.weight !== 1);
+  const more = requirements || isWeighted ? [] : (ctx.state.groups.get(name)?.options.alt ?? []);
+  const alts = more.filter((type) => !offered.has(type)).map((type) => ({ ...pool, type }));
   const tags = [{ Key: TAG.group, Value: name }];
   const one = { ...(await poolRequest(ctx, pool, tags, 1)), DryRun: true };
   const fleet = { ...fleetRequest(group, [pool, ...alts], "spot", tags, 1), DryRun: true };

@@ -557,14 +557,22 @@ export class Ebs {
     const disk = () => this.#disk({ ...input, VolumeSize: input.Size });
     if (input.DryRun) disk();
     dryRun(input.DryRun);
-    return this.#ec2.idempotent("CreateVolume ", input.ClientToken, input, () => {
+    // Within one zone, for all that EC2's guide says of such actions.
+    return this.#ec2.idempotent(`CreateVolume ${zone} `, input.ClientToken, input, () => {
       const volume = this.#make(this.#newId("vol"), zone, disk(), { state: "creating", tags });
       this.#world.after(this.#world.random.between(this.#world.delays.volumeCreatingMs), () => {
         // A key is looked at after the answer: such a volume is gone without a word.
         if (volume.kmsKeyId && this.unusableKeys.has(volume.kmsKeyId)) this.#vanish(volume);
         else this.#change(volume, { state: "available" });
       });
-      return () => this.#describe(volume, volume, false);
+      return () => {
+        if (volume.goneAtMs !== undefined)
+          throw new AwsError(
+            "IdempotentParameterMismatch",
+            "The client token you have provided is associated with a resource that is already deleted. Please use a different client token.",
+          );
+        return this.#describe(volume, volume, false);
+      };
     });
   }
 

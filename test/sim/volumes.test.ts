@@ -460,6 +460,29 @@ test("once there is a copy the data goes on in that, though the original cannot 
   expect([copy, last]).toContain(s.world.ec2.ebs.volumes.get(data)?.tags.get("spotmax:copied") ?? "none");
 });
 
+test("copies that go as soon as they are made are said, and the original stays", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  const { ebs } = s.world.ec2;
+  Object.assign(ebs.volumes.get(data) ?? {}, { encrypted: true, kmsKeyId: "key" });
+  ebs.unusableKeys.add("key");
+  const { zone } = s.world.instance(old);
+  await s.start();
+  for (const pool of spotPools(s, zone)) pool.capacity = 0;
+  s.world.interrupt(old, { keepCapacity: true });
+  await inService(s, old);
+  await s.seconds(1800);
+  const copies = [...ebs.volumes.values()].filter((v) => v.snapshotId !== undefined && !v.root);
+  expect([copies.length, stateOf(s, data), tagOf(s, data)]).toEqual([4, "available", old]);
+  expect(s.lines.some((line) => /^ERRO.*may the role use its key/.test(line))).toBe(true);
+  // Once it may, an ordinary copy is made.
+  ebs.unusableKeys.clear();
+  s.call("ec2", "DeleteSnapshot", { SnapshotId: [...ebs.snapshots.keys()][0] });
+  await s.quiet(7200);
+  expect(ebs.attachedTo(claimOf(s, old), "/dev/sdz").length).toBe(1);
+});
+
 test("a snapshot of an earlier end is not taken for the data of a later one", async () => {
   const s = new Stage({ snapshotMs: [900_000, 900_000] });
   const old = first(s.group(fleet(), { ...options, is_enable_od_fallback: false }));
