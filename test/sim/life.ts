@@ -299,7 +299,10 @@ class Life {
   /** Until nothing moves for a while; not to come to rest is a failure. */
   async #rest(): Promise<Account | undefined> {
     const { clock } = this.#stage;
-    const restMinutes = this.#features.has("preaction") ? REST_MINUTES.preaction : REST_MINUTES.usual;
+    // Fallbacks go back to spot one after the other, with all the delays of their group.
+    const fallbacks = [...this.#stage.world.ec2.instances.values()].filter((i) => i.tags.has("spotmax:fallback") && i.group);
+    const { preaction, usual } = REST_MINUTES;
+    const restMinutes = (this.#features.has("preaction") ? preaction : usual) + 30 * fallbacks.length;
     const endMs = clock.now() + restMinutes * MINUTE;
     let calmSteps = 0;
     for (let why: string | undefined = "not looked yet"; ; ) {
@@ -328,6 +331,11 @@ class Life {
     for (const name of world.autoscaling.groups.keys()) this.#resume(name);
     for (const slot of this.#slots) slot.killIn = undefined;
     for (const name of [...this.#leftOut.keys()]) this.#takeIn(name);
+    // A replacement that he has put aside would have its old one wait for him.
+    for (const { members } of world.autoscaling.groups.values())
+      for (const { instance, state } of [...members.values()])
+        if (state === "Standby" && this.#watch.claims.has(instance.id) && !instance.tags.has("spotmax:attached"))
+          this.#watch.operate("ec2", "TerminateInstances", { InstanceIds: [instance.id] });
     this.#mend();
   }
 
