@@ -4947,7 +4947,9 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
     }
     const log = ctx.deps.log.with({ group: name, instance: old, replacement: claim.id });
     const act = () => actOnClaim(ctx, what, { claim, old: old ?? "", name, log });
-    await orElse(act, undefined, (text, fields) => log.error(`instance manager: ${text}`, fields));
+    await orElse(act, undefined, (text, fields) =>
+      log[RETRYABLE.has(String(fields?.error)) ? "warn" : "error"](`instance manager: ${text}`, fields),
+    );
   }
 }
 
@@ -4992,19 +4994,24 @@ async function actOnClaim(
       ctx.state.claims.delete(claim.id);
       return log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
   }
-  const shown = await ctx.cloud.instance(claim.id);
-  if (shown && isSettled(shown)) return; // another daemon has, a moment ago
-  const data = claim.volumes[DATA_DEVICE];
-  if (data?.ends) return log.error(`${claim.id} is one too many, but ${data.id} at ${DATA_DEVICE} would go with it: left alone`);
-  if (data) log.warn(`${data.id} stays available when ${claim.id} goes; to attach it: ${attachCommand(data.id, "INSTANCE")}`);
   const input = { InstanceId: claim.id, ShouldDecrementDesiredCapacity: true };
-  const end = () =>
-    aws(
+  const end = async () => {
+    // Another daemon may have settled it a moment ago, also while this one waited for its turn.
+    const shown = await ctx.cloud.instance(claim.id);
+    if (shown && isSettled(shown)) return;
+    const data = claim.volumes[DATA_DEVICE];
+    if (data?.ends)
+      return log.error(`${claim.id} is one too many, but ${data.id} at ${DATA_DEVICE} would go with it: left alone`);
+    if (data) log.warn(`${data.id} stays available when ${claim.id} goes; to attach it: ${attachCommand(data.id, "INSTANCE")}`);
+    await aws(
       ctx,
       `ending the surplus ${claim.id}`,
       (o) => ctx.deps.autoScaling.send(new TerminateInstanceInAutoScalingGroupCommand(input), o),
-      { tries: 2 }, // attaches wait meanwhile, and the next pass looks anyway
+      { tries: 1, timeoutMs: 5_000 }, // attaches wait meanwhile, and the next pass looks anew
     );
+    ctx.state.claims.delete(claim.id);
+    log.info(`ended ${claim.id} in ${name}: it was one too many`);
+  };
   try {
     await lane(ctx, name).exclusive(end);
   } catch (error) {
@@ -5012,8 +5019,6 @@ async function actOnClaim(
     // The minimum has been raised meanwhile: its owner wants as many as there are.
     return actOnClaim(ctx, "settle", on);
   }
-  ctx.state.claims.delete(claim.id);
-  log.info(`ended ${claim.id} in ${name}: it was one too many`);
 }
 
 /** Puts a maximum that we raised back, once nothing needs it; true while that is to come. */

@@ -611,3 +611,24 @@ test("an alternative type that the group offers itself is asked for once in the 
   await s.seconds(10);
   expect(asked).toEqual([["", "m5a.large"]]); // the first is the template's own
 });
+
+test("a surplus that another daemon settles while its end waits for an attach stays", async () => {
+  const s = new Stage();
+  const [old = "", other = ""] = s.group({ name: "web", min: 3, max: 9, desired: 3 }, { detaching_delay_seconds: 80 });
+  await s.start();
+  s.world.interrupt(old);
+  const claim = await inService(s);
+  await s.call("ec2", "TerminateInstances", { InstanceIds: [old] });
+  let isHeld = true;
+  s.world.intercept = ({ operation }) => (operation === "AttachInstances" && isHeld ? { hang: true } : undefined);
+  s.world.interrupt(other);
+  await s.seconds(60);
+  // The minimum has refused another daemon the end.
+  await s.call("autoscaling", "UpdateAutoScalingGroup", { AutoScalingGroupName: "web", MinSize: 4 });
+  const Tags = [{ Key: "spotmax:attached", Value: "2026-01-01T00:01:00.000Z" }];
+  await s.call("ec2", "CreateTags", { Resources: [claim], Tags });
+  isHeld = false;
+  await s.quiet();
+  expect(s.world.instance(claim).state).toBe("running");
+  expect(sizes(s)).toEqual([4, 9, 4]);
+});
