@@ -769,12 +769,13 @@ export class Watch {
     if (this.#traits.strict) this.#watchReceives();
     this.#around<DeleteMessageBatchRequest>("sqs", "DeleteMessageBatch", (input, perform) => {
       const queue = this.#world.sqs.queues.get(input.QueueUrl ?? "");
+      const going = new Set<Message>();
       for (const { ReceiptHandle = "" } of input.Entries ?? []) {
         const message = queue?.receipts.get(ReceiptHandle);
         // Only the newest receipt deletes.
-        if (queue && message && !message.deleted && message.receiptHandle === ReceiptHandle)
-          this.#judgeDelete(this.#queueName(input.QueueUrl), message);
+        if (message && !message.deleted && message.receiptHandle === ReceiptHandle) going.add(message);
       }
+      for (const message of going) this.#judgeDelete(this.#queueName(input.QueueUrl), message, going);
       return perform();
     });
   }
@@ -861,9 +862,9 @@ export class Watch {
   /**
    * Invariant 7. Whatever a message asked for must be done, be impossible, or be owned by another message that is in
    * a queue by now. "Done" is judged by the truth, and what was true within the lag is allowed for: the daemon
-   * read before it deleted.
+   * read before it deleted. `going` are all that the same call deletes: none of them owns anything any more.
    */
-  #judgeDelete(queue: string, message: Message): void {
+  #judgeDelete(queue: string, message: Message, going: ReadonlySet<Message>): void {
     const { body } = message;
     if (this.poison.has(body)) {
       this.find("7", `a message that nobody can understand was deleted: ${body.slice(0, 80)}`);
@@ -893,9 +894,11 @@ export class Watch {
         const couldLaunch = !group.suspended.has("Launch") && expected.pausedUntilMs < this.#world.now() - this.#traits.lagMs;
         const attached = claims.some((c) => group.members.has(c)) || this.#claimsOf(id).some((c) => this.#outOfServiceMs.has(c));
         const isOn = event.type === PREACTION || (event.type === "AWS Health Event" ? expected.maintenance : expected.rebalance);
-        const isOwned = this.#world.sqs
-          .bodies(this.#queues.interruption)
-          .some((other) => other !== body && readBody(other)?.ids.includes(id));
+        // Copies that two daemons sent may read alike.
+        const isOwned = this.#world.sqs.queues
+          .get(this.#queues.interruption)
+          ?.messages.values()
+          .some((other) => !going.has(other) && readBody(other.body)?.ids.includes(id));
         // With a hard deadline somebody must own the way out, and there is a replacement, or no time is left for one.
         if (event.type === WARNING && couldLaunch) {
           if (!attached && !this.#isTimeUp(id)) this.find("7", `${what} before a replacement was attached`);
