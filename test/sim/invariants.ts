@@ -91,9 +91,9 @@ export interface Expected {
   /** The operator has changed its sizes: groups end members of their own accord then. */
   resized: boolean;
   deleted: boolean;
-  /** Until then Launch was suspended, or the group was out of the configuration: no replacement is owed. */
+  /** Until then Launch was suspended: no replacement is owed. */
   pausedUntilMs: number;
-  /** Until then it was out of the configuration. */
+  /** Until then it was out of the configuration: nor is one then. */
   outUntilMs: number;
 }
 
@@ -242,7 +242,7 @@ export class Watch {
       expected?.configured === true &&
       !group.status &&
       !group.suspended.has("Launch") &&
-      expected.pausedUntilMs < this.#world.now() &&
+      Math.max(expected.pausedUntilMs, expected.outUntilMs) < this.#world.now() &&
       group.members.get(id)?.state === "InService" &&
       instance.state === "running";
     this.notices.set(id, {
@@ -891,7 +891,8 @@ export class Watch {
       const what = `the ${event.type} about ${id} was deleted`;
       if (queue === "interruption" && wasThere && !sentSince("interruption", id)) {
         const claims = this.#claimsOf(id).filter((c) => this.#isLiving(c));
-        const couldLaunch = !group.suspended.has("Launch") && expected.pausedUntilMs < this.#world.now() - this.#traits.lagMs;
+        const barredUntilMs = Math.max(expected.pausedUntilMs, expected.outUntilMs);
+        const couldLaunch = !group.suspended.has("Launch") && barredUntilMs < this.#world.now() - this.#traits.lagMs;
         const attached = claims.some((c) => group.members.has(c)) || this.#claimsOf(id).some((c) => this.#outOfServiceMs.has(c));
         const isOn = event.type === PREACTION || (event.type === "AWS Health Event" ? expected.maintenance : expected.rebalance);
         // Copies that two daemons sent may read alike.

@@ -1284,7 +1284,7 @@ class Life {
     delete this.#stage.groups[name];
     this.#publish();
     this.#leftOut.set(name, options);
-    expected.pausedUntilMs = expected.outUntilMs = Number.POSITIVE_INFINITY;
+    expected.outUntilMs = Number.POSITIVE_INFINITY;
     this.#stage.world.after(random.between([MINUTE, 8 * MINUTE]), () => this.#takeIn(name));
   }
   #takeIn(name: string): void {
@@ -1294,7 +1294,7 @@ class Life {
     this.#leftOut.delete(name);
     this.#stage.groups[name] = options;
     this.#publish();
-    expected.pausedUntilMs = expected.outUntilMs = this.#stage.clock.now() + 2 * MINUTE;
+    expected.outUntilMs = this.#stage.clock.now() + 2 * MINUTE;
   }
 
   // --- The log ---------------------------------------------------------------------------------------------------
