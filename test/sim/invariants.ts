@@ -306,8 +306,10 @@ export class Watch {
         : this.#actor === "operator" ||
           (this.#actor === "daemon" && what === "detach" && this.#isTimeUp(id)) ||
           (this.#actor === "world" && expected.weighted);
-      // So the group may take one on its way out for a surplus of its own making, and say that it shrinks.
-      if (expected.weighted && this.#actor === "world" && what === "terminating" && this.isInHand(id)) {
+      // So the group may take one on its way out for a surplus of its own making, and say that it shrinks; and so it may
+      // where AZRebalance has launched ahead, and the one it would have ended has gone by itself.
+      const isAhead = expected.balancing > 0 && /difference between desired and actual/.test(detail ?? "");
+      if ((expected.weighted || isAhead) && this.#actor === "world" && what === "terminating" && this.isInHand(id)) {
         expected.above += this.#weightOf(groupName, id);
         expected.resized = true;
       }
