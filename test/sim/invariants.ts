@@ -36,7 +36,7 @@ import type { Message } from "../aws/sqs.ts";
 import { AwsError, type Handler, type Queues, type Service, type World } from "../aws/world.ts";
 import type { Agents } from "./consul.ts";
 import { type Account, DataWatch } from "./data.ts";
-import type { FakeKube } from "./kube.ts";
+import { type FakeKube, OF_OLD } from "./kube.ts";
 
 export interface Finding {
   /** The invariant's number; "preaction" | "choice": another of its rules, on what is launched, and when one goes. */
@@ -143,8 +143,6 @@ export class Watch {
   readonly bands = new Map<string, number>();
   /** Nodes that somebody else had cordoned, by instance. */
   readonly theirs = new Set<string>();
-  /** Nodes that are still marked for a notice of long ago, by instance. */
-  readonly left = new Set<string>();
   agents: Agents | undefined;
   #kube: FakeKube | undefined;
   /** How often a second one was launched beside a living one: two daemons may, and the loser goes. */
@@ -308,8 +306,10 @@ export class Watch {
         : this.#actor === "operator" ||
           (this.#actor === "daemon" && what === "detach" && this.#isTimeUp(id)) ||
           (this.#actor === "world" && expected.weighted);
-      // So the group may take one on its way out for a surplus of its own making, and say that it shrinks.
-      if (expected.weighted && this.#actor === "world" && what === "terminating" && this.isInHand(id)) {
+      // So the group may take one on its way out for a surplus of its own making, and say that it shrinks; and so it may
+      // where AZRebalance has launched ahead, and the one it would have ended has gone by itself.
+      const isAhead = expected.balancing > 0 && /difference between desired and actual/.test(detail ?? "");
+      if ((expected.weighted || isAhead) && this.#actor === "world" && what === "terminating" && this.isInHand(id)) {
         expected.above += this.#weightOf(groupName, id);
         expected.resized = true;
       }
@@ -712,15 +712,18 @@ export class Watch {
 
   watchCluster(kube: FakeKube): void {
     this.#kube = kube;
-    kube.onChange = (what, id) => this.#judgeNode(kube, what, id);
+    kube.onChange = (what, id, marked) => this.#judgeNode(kube, what, id, marked);
   }
   /** A node of an instance with a notice, and no other, is cordoned, then drained; it is given back where the instance stays. */
-  #judgeNode(kube: FakeKube, what: "cordon" | "uncordon" | "evict", id: string): void {
+  #judgeNode(kube: FakeKube, what: "cordon" | "uncordon" | "evict", id: string, marked: string | undefined): void {
     const instance = this.#instance(id);
     const notice = this.notices.get(id);
     const name = instance?.group ?? instance?.tags.get("spotmax:detached");
-    const wasLeft = what === "uncordon" && this.left.delete(id);
-    if (wasLeft && !this.theirs.has(id) && (!notice || this.#kindOf(id) === "soft")) return;
+    // Until it is marked for a new notice, of which no daemon may have heard yet. One without a deadline leaves the mark.
+    if (what === "uncordon" && marked === OF_OLD && !this.theirs.has(id)) {
+      if (!this.#wasInService(id)) this.find("pods", `the node of ${id} was given back, which is not in service`);
+      return;
+    }
     if (!notice || (name !== undefined && !this.groups.get(name)?.drained)) {
       this.find("4", `${what} on the node of ${id} of ${name}, which is not our business`);
       return;

@@ -22,6 +22,9 @@ writeFileSync(
   }),
 );
 
+/** The notice of long ago that some nodes are still marked for. */
+export const OF_OLD = "of-old";
+
 type FakePod = { name: string; uid: string; node: string; isHeld: boolean; graceSeconds: number; isEnding: boolean };
 type FakeNode = {
   version: number;
@@ -50,8 +53,8 @@ export class FakeKube {
   asked = 0;
   /** What is wrong with the next request. */
   fault: (() => KubeFault | undefined) | undefined;
-  /** Hears of each change of a node as it takes effect. */
-  onChange: ((what: "cordon" | "uncordon" | "evict", instance: string) => void) | undefined;
+  /** Hears of each change of a node as it takes effect; `notice`: the one that it was marked for before. */
+  onChange: ((what: "cordon" | "uncordon" | "evict", instance: string, notice?: string) => void) | undefined;
   /** Where a pod that has gone appears again, as its controller and a scheduler would have it; undefined: nowhere. */
   schedule: ((candidates: string[]) => string | undefined) | undefined;
   #made = 0;
@@ -92,7 +95,7 @@ export class FakeKube {
     const markedMs = this.#stage.clock.now() - 3_600_000;
     const mark: Mark = {
       instance,
-      notice: "of-old",
+      notice: OF_OLD,
       deadlineMs: null,
       markedMs,
       wasCordoned: node.spec.unschedulable === true,
@@ -147,9 +150,9 @@ export class FakeKube {
   }
 
   #handle(method: string, path: string, query: URLSearchParams, body: unknown): Response {
-    const change = (what: "cordon" | "uncordon" | "evict", instance: string, more = instance) => {
+    const change = (what: "cordon" | "uncordon" | "evict", instance: string, more = instance, notice?: string) => {
       this.changes.push({ atMs: this.#stage.clock.now(), what: `${what} ${more}` });
-      this.onChange?.(what, instance);
+      this.onChange?.(what, instance, notice);
     };
     const [, name = ""] = /^\/api\/v1\/nodes\/([^/]+)$/.exec(path) ?? [];
     const instance = name ? this.#instanceOf(name) : undefined;
@@ -185,12 +188,13 @@ export class FakeKube {
     const node = this.node(instance);
     if (metadata.resourceVersion !== `${node.version}`) return Response.json({ reason: "Conflict" }, { status: 409 });
     const wasFree = !node.spec.unschedulable;
+    const notice = node.labels[MARK];
     node.spec = merge(node.spec, spec);
     node.labels = merge(node.labels, metadata.labels ?? {});
     node.annotations = merge(node.annotations, metadata.annotations ?? {});
     node.version++;
     if (wasFree && node.spec.unschedulable) change("cordon", instance);
-    if (!wasFree && !node.spec.unschedulable) change("uncordon", instance);
+    if (!wasFree && !node.spec.unschedulable) change("uncordon", instance, instance, notice);
     return Response.json(this.#show(instance));
   }
 
@@ -215,7 +219,7 @@ export class FakeKube {
     if (next) this.pods.push({ ...pod, uid: `${pod.name}-${++this.#made}`, node: this.#nameOf(next), isEnding: false });
   }
 }
-type Change = (what: "cordon" | "uncordon" | "evict", instance: string, more?: string) => void;
+type Change = (what: "cordon" | "uncordon" | "evict", instance: string, more?: string, notice?: string) => void;
 type Patch = {
   metadata: { resourceVersion: string; labels?: Record<string, string>; annotations?: Record<string, string> };
   spec?: object;

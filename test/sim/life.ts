@@ -953,17 +953,18 @@ class Life {
     const random = streamOf(this.#seed, "pods");
     const kube = new FakeKube(this.#stage);
     this.#watch.watchCluster(kube);
+    const left = new Set<string>();
     kube.joinSeconds = choose(random, 5, 20, 30, 60, 3_600);
     for (const group of world.autoscaling.groups.values())
       for (const id of group.members.keys()) {
         const isHeld = random.chance(0.1);
         kube.populate([id], random.between([0, 4]), { graceSeconds: choose(random, 1, 5, 30, 120), isHeld });
         if (random.chance(0.05)) this.#watch.theirs.add(id);
-        if (random.chance(0.1) && this.#watch.groups.get(group.name)?.configured) this.#watch.left.add(id);
+        if (random.chance(0.1) && this.#watch.groups.get(group.name)?.configured) left.add(id);
       }
     for (const id of this.#watch.theirs) kube.node(id).spec.unschedulable = true;
     const longAgoMs = this.#startMs - 50 * MINUTE;
-    for (const id of this.#watch.left)
+    for (const id of left)
       kube.leave(id, {
         deadlineMs: random.chance(0.5) ? longAgoMs : null,
         ...(random.chance(0.5) && { drainMs: longAgoMs }),
