@@ -88,6 +88,8 @@ export interface Expected {
   weighted: boolean;
   /** Launched to aid in balancing, and nobody was ended for it yet. */
   balancing: number;
+  /** Taken off desired by a maximum that was rightly put back, and not ended yet. */
+  cut: number;
   /** The operator has changed its sizes: groups end members of their own accord then. */
   resized: boolean;
   deleted: boolean;
@@ -117,6 +119,8 @@ const TERMINATION = "MaxGroup Termination";
 const MARGIN_MS = 5_000;
 const DRAIN_MS = 30_000;
 const YOUNG_MS = 10 * 60_000;
+/** So long desired may stand above the operator's maximum with nothing in hand; then that is put back all the same. */
+const ABOVE_MS = 10 * 60_000;
 /** Pods may go so long before their node does, wherever they go to. */
 const PRESSED_MS = 60_000;
 /** A notice did not come true so long after its deadline, or, without one, after the node was marked. */
@@ -169,6 +173,8 @@ export class Watch {
   /** When a group last had as many in service as it desires. */
   readonly #fullMs = new Map<string, number>();
   readonly #asideMs = new Map<string, number>();
+  /** Since when a group desires more than the operator's maximum, with no claim unsettled; and until when. */
+  readonly #above = new Map<string, { sinceMs: number; untilMs?: number }>();
 
   constructor(world: World, queues: Queues, traits: Traits) {
     this.#world = world;
@@ -268,11 +274,7 @@ export class Watch {
   isCalm(name: string): boolean {
     const group = this.#world.autoscaling.groups.get(name);
     if (!group || group.tags.has("spotmax:max_size")) return false;
-    const open = [...this.claims.keys()].map((id) => this.#world.instance(id));
-    return (
-      ![...group.members.keys()].some((id) => this.isInHand(id)) &&
-      !open.some((i) => i.tags.get("spotmax:group") === name && this.#isLiving(i.id) && !i.tags.has("spotmax:attached"))
-    );
+    return ![...group.members.keys()].some((id) => this.isInHand(id)) && !this.#hasOpenClaim(name);
   }
 
   // --- What happens ----------------------------------------------------------------------------------------------
@@ -288,6 +290,7 @@ export class Watch {
     this.data.see(what, ids, groupName);
     if (what === "standby") for (const id of ids) this.#asideMs.set(id, now);
     const expected = groupName === undefined ? undefined : this.groups.get(groupName);
+    this.#seeAbove();
     if (what === "group deleted" && expected) expected.deleted = true;
     const isBalancing = /to aid in balancing/.test(detail ?? "");
     if (what === "group launch" && expected && isBalancing) expected.balancing++;
@@ -331,9 +334,27 @@ export class Watch {
       if (what === "terminating" && isBalancing) expected.balancing--;
       if (what === "terminating" && /difference between desired and actual/.test(detail ?? ""))
         if (expected.balancing > 0) expected.balancing--;
+        else if (expected.cut > 0) expected.cut -= this.#weightOf(groupName, id);
         else if (expected.configured && !expected.resized && !expected.weighted)
           this.find("2", `${groupName} scaled in and ended ${id}, and nobody but us has changed its sizes: ${detail}`);
     }
+  }
+
+  #seeAbove(): void {
+    const nowMs = this.#world.now();
+    const seenMs = nowMs - this.#traits.lagMs; // what passes within the lag may be seen by nobody
+    for (const [name, { max }] of this.groups) {
+      const isAbove = (this.#world.autoscaling.groups.get(name)?.desired ?? 0) > max && !this.#hasOpenClaim(name);
+      const known = this.#above.get(name);
+      if (known && (known.untilMs ?? nowMs) < seenMs) this.#above.delete(name);
+      else if (!isAbove && known) known.untilMs ??= nowMs;
+      else if (known) known.untilMs = undefined;
+      if (isAbove && !this.#above.has(name)) this.#above.set(name, { sinceMs: nowMs });
+    }
+  }
+  #hasOpenClaim(name: string): boolean {
+    const open = [...this.claims.keys()].map((id) => this.#world.instance(id));
+    return open.some((i) => i.tags.get("spotmax:group") === name && this.#isLiving(i.id) && !i.tags.has("spotmax:attached"));
   }
 
   #isTimeUp(id: string, earlierMs = MARGIN_MS): boolean {
@@ -591,12 +612,19 @@ export class Watch {
       const expected = this.groups.get(name);
       if (!group || !expected) return perform();
       const { min, max, desired } = group;
+      this.#seeAbove();
+      const aboveMs = this.#above.get(name)?.sinceMs ?? Number.POSITIVE_INFINITY;
       const answer = perform();
       if (group.min !== min) this.find("2", `the minimum of ${name} went from ${min} to ${group.min}`);
       // AWS lets a bound take desired along. Only where the operator himself asked for more than his own maximum
-      // may that happen, or where a weighted group has taken one of ours for a surplus of its own making, which leaves
-      // desired higher by that; anywhere else it costs a member.
-      const isExcused = expected.resized || (expected.weighted && desired - group.desired <= expected.above);
+      // may that happen, or where desired is higher by what nobody can take back (the slack `above`, used up by it):
+      // a weighted group has taken one of ours for a surplus of its own making, or the operator has ended one of ours
+      // that was one too many. Then ten minutes come first. Anywhere else it costs a member.
+      const cut = desired - group.desired;
+      const isOwed = !expected.resized && cut > 0 && cut <= expected.above && aboveMs <= this.#world.now() - ABOVE_MS;
+      const isExcused = expected.resized || isOwed;
+      if (isOwed) expected.above -= cut;
+      if (isOwed) expected.cut += cut;
       if (group.desired !== desired && !(isExcused && group.max === expected.max))
         this.find("2", `a maximum of ${group.max} took desired of ${name} from ${desired} to ${group.desired}`);
       if (group.max < max && group.max !== expected.max)

@@ -435,6 +435,7 @@ class Life {
       weighted: isWeighted,
       balancing: 0,
       resized: false,
+      cut: 0,
       deleted: false,
       pausedUntilMs: isSuspended ? Number.POSITIVE_INFINITY : 0,
       outUntilMs: 0,
