@@ -75,7 +75,8 @@ test("1,000 notices in one group: hardly more than one launch call for ten, desc
   expect((s.world.calls["ec2:DescribeInstances"] ?? 0) / 1000).toBeLessThan(0.6);
 }, 60_000);
 
-test("no spot anywhere: an on-demand instance takes the place, and says so", async () => {
+/** One interrupted where no pool has spot, and replaced. */
+async function replacedWithoutSpot(): Promise<Stage> {
   const s = new Stage();
   const old = only(s.group({ name: "web", ...three, types: ["m5.large", "m4.large"] }));
   await s.start();
@@ -84,6 +85,11 @@ test("no spot anywhere: an on-demand instance takes the place, and says so", asy
   s.world.interrupt(old);
   await s.quiet();
   s.check([old], { web: [3, 5, 3] });
+  return s;
+}
+
+test("no spot anywhere: an on-demand instance takes the place, and says so", async () => {
+  const s = await replacedWithoutSpot();
   const fallback = only([...s.world.ec2.instances.values()].filter((i) => i.tags.has("spotmax:replaces")));
   expect([fallback.lifecycle, fallback.tags.get("spotmax:fallback")]).toEqual(["on-demand", "on-demand"]);
 });
@@ -441,14 +447,7 @@ test("what left a group days ago is not looked for in weeks of activities", asyn
 });
 
 test("a capacity outage is one line for each launch call, not one for each pool", async () => {
-  const s = new Stage();
-  const old = only(s.group({ name: "web", ...three, types: ["m5.large", "m4.large"] }));
-  await s.start();
-  for (const type of ["m5.large", "m4.large"])
-    for (const zone of "abc") s.world.pool("spot", type, `us-east-1${zone}`).capacity = 0;
-  s.world.interrupt(old);
-  await s.quiet();
-  s.check([old], { web: [3, 5, 3] });
+  const s = await replacedWithoutSpot();
   expect(s.lines.filter((line) => line.includes("InsufficientInstanceCapacity")).length).toBeLessThanOrEqual(2);
 });
 
