@@ -69,7 +69,7 @@ test("two daemons that raise one maximum at once terminate nobody and put it bac
     await s.quiet(3600).catch(() => undefined);
     expect([seed, fallout(s)]).toEqual([seed, { scaledIn: 0, least: 12, sizes: [12, 12, 12] }]);
   }
-}, 60_000);
+});
 
 test("one daemon under stale reads never lowers a maximum below desired, and launches once", async () => {
   for (let seed = 1; seed <= 40; seed++) {
@@ -81,7 +81,7 @@ test("one daemon under stale reads never lowers a maximum below desired, and lau
     await s.quiet(3600).catch(() => undefined);
     expect([seed, claims(s).length, fallout(s)]).toEqual([seed, 4, { scaledIn: 0, least: 6, sizes: [6, 6, 6] }]);
   }
-}, 60_000);
+});
 
 test("an attach whose answer was lost, under stale reads, does not end the member", async () => {
   for (let seed = 1; seed <= 10; seed++) {
@@ -336,7 +336,7 @@ test("a big wave, detached without decrement just before the late replacements j
   await s.seconds(170);
   await s.quiet(7200);
   expect(sizes(s)).toEqual([100, 400, 150]);
-}, 60_000);
+});
 
 test("a maximum that the operator raises while ours is raised is the operator's, within twice the original too", async () => {
   const s = new Stage();
@@ -586,7 +586,7 @@ test("how a hundred and fifty left one group is read in shared calls, for Auto S
   await s.seconds(170);
   await s.quiet(7200);
   expect(s.world.calls["autoscaling:DescribeScalingActivities"]).toBeLessThan(300);
-}, 60_000);
+});
 
 test("a replacement is protected from scale-in beside its old one, though AWS refuses that while it is Pending", async () => {
   const s = new Stage({ attachMs: [5_000, 5_000] });

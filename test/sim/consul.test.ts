@@ -271,4 +271,4 @@ test("killed at every step of it, the next daemon ends what was begun", async ()
     if (n === 0) asks = agents.asked.length;
   }
   expect(asks).toBeGreaterThan(4);
-}, 30_000);
+});

@@ -291,7 +291,6 @@ test.each(["interruption", "rebalance"] as const)(
     const awaits = await story(undefined);
     for (let killAt = 0; killAt < awaits; killAt += Math.ceil(awaits / 250)) await story(killAt);
   },
-  120_000,
 );
 
 test("two daemons that both hear of it move each pod once and lose none", async () => {

@@ -121,4 +121,4 @@ test("preaction replaces few: each member once at first, hardly anything while t
   expect(interruptions(0, DAYS)).toBeGreaterThan(3);
   expect(s.world.queueDepth(s.queues.deadLetter).visible).toBe(0);
   expect(s.lines.filter((line) => line.startsWith("ERRO"))).toEqual([]);
-}, 180_000);
+});

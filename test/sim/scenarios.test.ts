@@ -73,7 +73,7 @@ test("1,000 notices in one group: hardly more than one launch call for ten, desc
   s.check(olds, { web: [1000, 1000, 1000] });
   expect(s.world.calls["ec2:CreateFleet"]).toBeLessThan(150);
   expect((s.world.calls["ec2:DescribeInstances"] ?? 0) / 1000).toBeLessThan(0.6);
-}, 60_000);
+});
 
 /** One interrupted where no pool has spot, and replaced. */
 async function replacedWithoutSpot(): Promise<Stage> {
@@ -623,7 +623,7 @@ test("killed at any call and started again: one replacement, sizes as before, no
       throw new Error(`killed at call ${at}:\n${s.lines.join("")}`, { cause });
     }
   }
-}, 120_000);
+});
 
 test("throttled calls are tried again", async () => {
   const s = new Stage();

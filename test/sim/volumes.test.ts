@@ -223,7 +223,7 @@ test("killed at any call and started again: that very volume ends on the replace
     s.check([old], { db: [3, 3, 3] });
     expect([at, ownerOf(s, data)]).toEqual([at, `${claimOf(s, old)} /dev/sdz`]);
   }
-}, 120_000);
+});
 
 test("killed at any call on the way to another zone: one copy attached, the original available", async () => {
   for (let at = 20; at <= 220; at += 8) {
@@ -247,7 +247,7 @@ test("killed at any call on the way to another zone: one copy attached, the orig
     const copies = [...s.world.ec2.ebs.volumes.values()].filter((v) => v.tags.get("spotmax:volume") === claimOf(s, old));
     expect([at, copies.length]).toEqual([at, 1]);
   }
-}, 120_000);
+});
 
 test("lost answers of the volume calls change nothing", async () => {
   for (const operation of ["ModifyInstanceAttribute", "AttachVolume", "CreateTags", "CreateSnapshot", "CreateVolume"]) {

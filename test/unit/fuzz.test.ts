@@ -367,20 +367,24 @@ describe("configuration files", () => {
     `${RUNS} of them are either read or refused in words, in no time`,
     () => {
       const counts = { read: 0, refused: 0 };
+      const secondsFor = (json: string) => {
+        const startMs = performance.now();
+        try {
+          const config = parseConfig(json);
+          counts.read++;
+          for (const options of Object.values(config.groups)) valid(options);
+        } catch (error) {
+          if (!(error instanceof ConfigError)) throw error;
+          counts.refused++;
+          expect(error.message).toMatch(/^service_config\.json (is not valid JSON|has \d+ fault|is nested)/);
+          expect(error.message.length).toBeLessThan(1_000_000);
+        }
+        return (performance.now() - startMs) / 1_000;
+      };
       fc.assert(
         fc.property(file, (json) => {
-          const startMs = performance.now();
-          try {
-            const config = parseConfig(json);
-            counts.read++;
-            for (const options of Object.values(config.groups)) valid(options);
-          } catch (error) {
-            if (!(error instanceof ConfigError)) throw error;
-            counts.refused++;
-            expect(error.message).toMatch(/^service_config\.json (is not valid JSON|has \d+ fault|is nested)/);
-            expect(error.message.length).toBeLessThan(1_000_000);
-          }
-          expect(performance.now() - startMs).toBeLessThan(3_000);
+          if (secondsFor(json) < 3) return;
+          expect(secondsFor(json)).toBeLessThan(3); // the machine may have stood still once
         }),
         runs(),
       );

@@ -239,8 +239,8 @@ class Guest {
         LOCK: join(this.folder, "lock"),
         IMDS_URL: this.#metadata.url.origin,
         POLL_SECONDS: "0.1",
-        WAIT_SECONDS: "10",
-        BUSY_SECONDS: "10",
+        WAIT_SECONDS: "50",
+        BUSY_SECONDS: "50",
         CALLS: join(this.folder, "calls"),
         SYSLOG: join(this.folder, "syslog"),
         AWS_ANSWER: join(this.folder, "aws-answer"),
@@ -482,7 +482,7 @@ describe.each(reason === undefined ? [real, fake] : [fake])("with $name", (kind)
         `echo "aws $*" >>"$CALLS"; date +%s%3N >>"${guest.folder}/times"; cat "$AWS_ANSWER"; cp "$AWS_ANSWER.next" "$AWS_ANSWER"`,
       );
       answer(guest, MOVED, "aws-answer.next");
-      const { code, whose } = await guest.run({ TAG_SECONDS: "3" });
+      const { code, whose } = await guest.run({ TAG_SECONDS: "5" });
       expect([code, whose]).toEqual([0, "data"]);
       const calls = guest.read("calls").match(/^aws .*/gm) ?? [];
       expect(calls).toHaveLength(2);
