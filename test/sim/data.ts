@@ -332,9 +332,10 @@ export class DataWatch {
       const carriers = this.#carriers(line);
       if (carriers.length === 0 && (this.#written.get(line) ?? []).length > 0)
         this.#around.find(`the data of ${line} is nowhere`);
-      const isHeld = this.#volumes(line).some(
-        (volume) => this.#isComplete(volume) && volume.attachment && this.#isLiving(volume.attachment.instanceId),
-      );
+      const isHeld = carriers.some(({ attachment }) => {
+        const owner = attachment?.instanceId ?? "";
+        return this.#isLiving(owner) || this.#isStopped(owner);
+      });
       const heirs = [...this.#around.claims()].filter(
         (id) => this.#line(id) === line && this.#isLiving(id) && this.#around.world.instance(id).group !== undefined,
       );

@@ -563,7 +563,12 @@ class Life {
   }
 
   #publish(): void {
-    if (this.#features.has("s3")) this.#stage.world.s3.put(BUCKET, "service_config.json", this.#configText());
+    const { s3 } = this.#stage.world;
+    if (this.#features.has("s3")) s3.put(BUCKET, "service_config.json", this.#configText());
+    if (s3.buckets.get(BUCKET)?.denied) return;
+    for (const [name, expected] of this.#watch.groups)
+      if (expected.outUntilMs === Number.POSITIVE_INFINITY && !this.#leftOut.has(name))
+        expected.outUntilMs = this.#stage.clock.now() + 2 * MINUTE;
   }
   #breakConfiguration(): void {
     const { world } = this.#stage;
@@ -580,6 +585,8 @@ class Life {
         );
         if (broken === undefined) bucket.denied = true;
         else world.s3.put(BUCKET, "service_config.json", broken);
+        for (const expected of this.#watch.groups.values())
+          if (expected.outUntilMs > world.now()) expected.outUntilMs = Number.POSITIVE_INFINITY;
         world.after(random.between([MINUTE, 5 * MINUTE]), () => this.#mend());
       });
   }
@@ -1296,7 +1303,6 @@ class Life {
     this.#leftOut.delete(name);
     this.#stage.groups[name] = options;
     this.#publish();
-    expected.outUntilMs = this.#stage.clock.now() + 2 * MINUTE;
   }
 
   // --- The log ---------------------------------------------------------------------------------------------------

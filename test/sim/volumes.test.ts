@@ -551,6 +551,26 @@ test("an heir that stands in Standby gets its data; one that was taken out of th
   }
 });
 
+test("data of an old one that stands in Standby and is stopped stays with it, which is said, and goes on once it is ended", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  s.world.interrupt(old, { action: "stop" });
+  const claim = await inService(s, old);
+  await s.call("autoscaling", "EnterStandby", {
+    AutoScalingGroupName: "db",
+    InstanceIds: [old],
+    ShouldDecrementDesiredCapacity: true,
+  });
+  await s.seconds(900);
+  expect([s.world.instance(old).state, ownerOf(s, data)]).toEqual(["stopped", `${old} ${DEVICE}`]);
+  expect(warnings(s, `${old} is a member of db: left alone, and its data volume with it`)).toHaveLength(1);
+  s.world.ec2.terminate(s.world.instance(old), "Client.UserInitiatedShutdown: by hand");
+  await s.seconds(1_800);
+  expect(ownerOf(s, data)).toBe(`${claim} /dev/sdz`);
+});
+
 test("an old describe of an instance does not make its empty volume the data", async () => {
   for (let seed = 1; seed <= 8; seed++) {
     const s = new Stage({ seed, staleMs: 5_000 });
