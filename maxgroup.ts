@@ -1395,7 +1395,7 @@ const newState = (config: Config) => ({
   /** Our living instances as the instance manager last saw them, with those launched since. */
   claims: new Map<string, Ec2Instance>(),
   /** Launches under way, by old instance: one daemon never launches two. */
-  launching: new Map<string, Promise<string | undefined>>(),
+  launching: new Map<string, Promise<string | Result | undefined>>(),
   /** Old instances that were let in without a hard deadline and are not visible as claims yet, by group. */
   admitted: new Map<string, Set<string>>(),
   /** Pools that failed or are being reclaimed, until when (ms); a hint only. */
@@ -2475,8 +2475,7 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
     ctx.state.launching.set(work.instance, climbing);
   }
   const claim = await climbing;
-  if (claim === SUBSTITUTED)
-    return skip("its replacement died as a member, and the group substitutes that one by itself: none is launched", "info");
+  if (typeof claim === "object") return claim;
   if (claim) {
     work.claim = claim;
     return done;
@@ -2490,7 +2489,6 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
   return skip(broken ?? "no capacity anywhere until the deadline: the group substitutes when the old one goes", "error");
 }
 
-const SUBSTITUTED = "substituted";
 /** A dead one that its group still has as a member; one that we let go may drain for minutes, and is substituted by nobody. */
 const isUnnoticed = (member: Member | undefined) => member !== undefined && !/^Detach/.test(member.lifecycleState);
 /** Desired counts a claim that died as a member, so the group's own substitute for it stands in for the old one as well. */
@@ -2503,7 +2501,7 @@ async function isSubstituted(ctx: Ctx, { instance, group: name }: Work): Promise
 }
 
 /** Climbs the ladder until an instance comes of it; without a hard deadline once, else until the deadline. */
-async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
+async function climb(ctx: Ctx, work: Work): Promise<string | Result | undefined> {
   const { old, member, deadlineMs, options } = work;
   const spotMember = old !== undefined && (old.spot || TAG.fallback in old.tags);
   const rungs = rungsFor(spotMember, deadlineMs !== undefined, options.is_enable_od_fallback);
@@ -2515,9 +2513,11 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
   );
   for (let pass = 0; ; pass++) {
     const desperate = pass > 0 || rungs.at(-1) !== "on-demand";
+    const isHere = pass === 0 || isStaying((await ctx.cloud.group(work.group))?.members.get(work.instance));
     for (; ; work.rung++) {
       // Before a crash, by another daemon, or under a token that came back as a mismatch.
-      if (await isSubstituted(ctx, work)) return SUBSTITUTED;
+      if (await isSubstituted(ctx, work))
+        return skip("its replacement died as a member, and the group substitutes that one by itself: none is launched", "info");
       const claim = await standsFor(ctx, work.instance);
       if (claim && !(await isLost(ctx, claim))) {
         work.log.info(`${claim.id} was launched before for ${replacedBy(claim)}: going on with it`);
@@ -2525,7 +2525,7 @@ async function climb(ctx: Ctx, work: Work): Promise<string | undefined> {
       }
       if (work.rung >= ladder.length) break;
       // An old one that has left meanwhile needs no new replacement: its group sees to that.
-      if (!old || !member) return undefined;
+      if (!old || !member || !isHere) return skip(`it has left ${work.group} meanwhile: none is launched`, "info");
       const { rung, home, only } = ladder[work.rung] ?? { rung: "any spot", home: false };
       // Notices that ask for the same share one call; a volume's owner shares none.
       const place = rung === "balanced spot" || only ? member.zone : "";

@@ -632,3 +632,27 @@ test("a surplus that another daemon settles while its end waits for an attach st
   expect(s.world.instance(claim).state).toBe("running");
   expect(sizes(s)).toEqual([4, 9, 4]);
 });
+
+test("an old one that somebody takes out while there is no capacity is replaced by its group, and not by us as well", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three, types: ["m5.large", "m4.large"] }, { is_enable_od_fallback: false }));
+  const pools = ["m5.large", "m4.large"].flatMap((type) =>
+    [..."abc"].map((zone) => s.world.pool("spot", type, `us-east-1${zone}`)),
+  );
+  for (const pool of pools) pool.capacity = 0;
+  await s.start();
+  s.world.interrupt(old);
+  await s.seconds(30);
+  await s.call("autoscaling", "EnterStandby", {
+    AutoScalingGroupName: "web",
+    InstanceIds: [old],
+    ShouldDecrementDesiredCapacity: false,
+  });
+  await s.seconds(15);
+  for (const pool of pools) pool.capacity = 9;
+  await s.quiet();
+  const ours = [...s.world.ec2.instances.values()].filter((i) => i.tags.has("spotmax:replaces"));
+  expect([ours.length, sizes(s)]).toEqual([0, [3, 5, 3]]);
+  expect(s.lines.filter((line) => line.startsWith("ERRO"))).toEqual([]);
+  expect(s.lines.filter((line) => line.includes("it has left web meanwhile: none is launched"))).toHaveLength(1);
+});

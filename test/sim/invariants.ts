@@ -128,6 +128,8 @@ const UNTRUE_MS = 2 * 60_000;
 const FORGOTTEN_MS = 10 * 60_000;
 const DRAIN_ENDS_MS = 10_000;
 const CONSUL_MS = 3_000;
+/** A group sees within half a minute that a member is gone, and another takes as long to serve. */
+const SUBSTITUTE_MS = 60_000;
 
 type Actor = "daemon" | "operator" | "world";
 
@@ -320,7 +322,11 @@ export class Watch {
       const claim = this.claims.get(id);
       const isOldThere = claim && this.#isMember(claim.old, groupName) && this.#instance(claim.old)?.state === "running";
       const isSurplus = claim && !this.#instance(id)?.tags.has("spotmax:attached") && !isOldThere;
-      if (isDeath && this.#actor === "world" && isSurplus) {
+      // And so it is where the old one follows its replacement before the group has another in that one's place.
+      const claims = this.#claimsOf(id);
+      const wasThere = (other: string) => (this.#outOfServiceMs.get(other) ?? 0) > now - SUBSTITUTE_MS;
+      const isFollowing = claims.some(wasThere) && !claims.some((other) => this.#isLiving(other));
+      if (isDeath && this.#actor === "world" && (isSurplus || isFollowing)) {
         expected.above += this.#weightOf(groupName, id);
         expected.resized = true;
       }
