@@ -63,13 +63,13 @@ describe.skipIf(started === undefined)("evictions", () => {
   });
 
   test("a pod that takes time to end takes that time, and can be evicted again meanwhile", async () => {
-    const pod = await cluster.makePod({ name: "slow", node: NODE, endsAfterSeconds: 2 });
+    const pod = await cluster.makePod({ name: "slow", node: NODE, endsAfterSeconds: 8 });
     const startMs = performance.now();
     expect((await cluster.evict(pod)).status).toBe(201);
     expect((await cluster.read(pod))?.metadata.deletionTimestamp).toBeString();
     expect((await cluster.evict(pod)).status).toBe(201);
     await cluster.waitUntilGone(pod);
-    expect(performance.now() - startMs).toBeWithin(1_500, 30_000);
+    expect(performance.now() - startMs).toBeWithin(7_500, 30_000);
   });
 
   test("a pod with a finalizer stays until the finalizer goes", async () => {
@@ -225,8 +225,8 @@ describe.skipIf(started === undefined)("faults", () => {
     await cluster.startApiserver();
     expect(cluster.url).toBe(url);
     expect((await cluster.evict(pod, { uid: pod.metadata.uid })).status).toBe(201);
-    await cluster.waitUntilGone(pod, 30);
-  });
+    await cluster.waitUntilGone(pod, 120); // kwok comes back the later the longer it found nobody
+  }, 200_000);
 });
 
 describe.skipIf(started === undefined)("without RBAC", () => {
@@ -239,5 +239,5 @@ describe.skipIf(started === undefined)("without RBAC", () => {
     } finally {
       await other?.stop();
     }
-  });
+  }, 180_000);
 });

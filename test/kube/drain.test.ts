@@ -2,7 +2,7 @@
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { MARK, releaseNodes } from "../../maxgroup.ts";
 import { type Cluster, startCluster } from "./cluster.ts";
-import { until } from "./servers.ts";
+import { leastMs, until } from "./servers.ts";
 import { KubeStage, RBAC } from "./stage.ts";
 
 const started = await startCluster();
@@ -17,13 +17,14 @@ afterAll(async () => {
   stage?.end();
   await started?.stop();
 });
-const short = { seconds: 16 };
+/** More than is needed: these drains end with their last pod. */
+const ample = { seconds: 60 };
 
 describe.skipIf(started === undefined)("which pods go", () => {
   test("those that kubectl drain would evict go, and DaemonSet and mirror pods stay", async () => {
     const { id, name } = await stage.node();
     const pods = await cluster.makePodOfEveryKind(name, "kind");
-    const draining = stage.step("drain", stage.work(id, short));
+    const draining = stage.step("drain", stage.work(id, ample));
     await until("the finalizer's pod is ending", async () => (await cluster.read(pods.finalizer))?.metadata.deletionTimestamp);
     await cluster.patch(pods.finalizer, { metadata: { finalizers: null } });
     expect((await draining).is).toBe("done");
@@ -47,7 +48,7 @@ describe.skipIf(started === undefined)("which pods go", () => {
       }
       return fetch(url, init);
     };
-    expect((await stage.step("drain", stage.work(old.id, short))).is).toBe("done");
+    expect((await stage.step("drain", stage.work(old.id, ample))).is).toBe("done");
     stage.ctx.deps.fetch = fetch;
     await Bun.sleep(500);
     expect(second.metadata.uid).not.toBe(first.metadata.uid);
@@ -92,14 +93,17 @@ describe.skipIf(started === undefined)("budgets", () => {
     const pod = await cluster.makePod({ name: "never", node: blocked.name, labels });
     await cluster.makePod({ name: "free", node: free.name });
     await cluster.setBudget("never", labels, 0);
-    const work = stage.work(blocked.id, { seconds: 20 });
-    const [stuck, other] = [stage.step("drain", work), stage.step("drain", stage.work(free.id, { seconds: 20 }))];
-    const startMs = Date.now();
-    expect((await other).is).toBe("done");
-    expect(Date.now() - startMs).toBeLessThan(8_000); // the stuck one takes ten seconds
+    const work = stage.work(blocked.id, { seconds: 30 });
+    const ends = stage.drainEnds(work);
+    let isOver = false;
+    const stuck = stage.step("drain", work).finally(() => {
+      isOver = true;
+    });
+    expect((await stage.step("drain", stage.work(free.id, { seconds: 30 }))).is).toBe("done");
+    expect(isOver).toBe(false);
     expect((await stuck).is).toBe("done");
     // In time for a detach five seconds before the deadline.
-    expect(Date.now()).toBeWithin((work.deadlineMs ?? 0) - 11_000, (work.deadlineMs ?? 0) - 5_000);
+    expect(Date.now() - (await ends)).toBeWithin(-1_000, 5_000);
     expect((await cluster.read(pod))?.metadata.deletionTimestamp).toBeUndefined();
     expect(stage.said(/these pods go down with .*default\/never \(.*budget/)).toBe(true);
   });
@@ -110,7 +114,7 @@ describe.skipIf(started === undefined)("budgets", () => {
     await cluster.makePod({ name: "twice", node: name, labels });
     await cluster.makePod({ name: "once", node: name });
     for (const budget of ["twice-0", "twice-1"]) await cluster.setBudget(budget, labels, 1);
-    await stage.step("drain", stage.work(id, { seconds: 13 }));
+    await stage.step("drain", stage.work(id, { seconds: 25 }));
     expect(await cluster.podsOn(name)).toEqual(["twice"]);
     expect(stage.said(/default\/twice \(.*more than one PodDisruptionBudget/)).toBe(true);
   });
@@ -129,9 +133,12 @@ describe.skipIf(started === undefined)("budgets", () => {
     expect(Date.now() - startMs).toBeWithin(3_500, 20_000);
     expect(patient.said(/these pods go down with .*default\/patient/)).toBe(true);
     // After a crash the same message comes again, and the time does not begin anew.
-    const againMs = Date.now();
-    expect((await patient.step("drain", { ...patient.work(id), notice: work.notice })).is).toBe("done");
-    expect(Date.now() - againMs).toBeLessThan(3_500);
+    const again = async () => {
+      const againMs = Date.now();
+      expect((await patient.step("drain", { ...patient.work(id), notice: work.notice })).is).toBe("done");
+      return Date.now() - againMs;
+    };
+    expect(await leastMs(3_500, again)).toBeLessThan(3_500);
     patient.end();
   });
 });
@@ -227,7 +234,7 @@ describe.skipIf(started === undefined)("a cluster that fails", () => {
     const labels = { budget: "outage" };
     await cluster.makePod({ name: "outage", node: name, labels });
     await cluster.setBudget("outage", labels, 0);
-    const draining = stage.step("drain", stage.work(id, { seconds: 60 }));
+    const draining = stage.step("drain", stage.work(id, { seconds: 150 }));
     await until("a first refusal", async () => cluster.calls().some((c) => c.uri.includes("/outage/eviction") && c.code === 429));
     await cluster.stopApiserver();
     await Bun.sleep(2_000);
@@ -235,7 +242,7 @@ describe.skipIf(started === undefined)("a cluster that fails", () => {
     await cluster.setBudget("outage", labels, 1);
     expect((await draining).is).toBe("done");
     expect(await cluster.podsOn(name)).toEqual([]);
-  });
+  }, 200_000);
 
   test("an API server that answers nothing is waited for no longer than there is time", async () => {
     const { id, name } = await stage.node();
@@ -243,11 +250,12 @@ describe.skipIf(started === undefined)("a cluster that fails", () => {
     cluster.freezeApiserver();
     try {
       const work = stage.work(id, { seconds: 16 });
+      const ends = stage.drainEnds(work);
       const startMs = Date.now();
       expect((await stage.step("cordon", work)).is).toBe("done");
-      expect(Date.now() - startMs).toBeLessThan(4_000); // a call gives up after five seconds
+      expect(Date.now() - startMs).toBeLessThan(9_000); // a call gives up after twice five seconds
       expect((await stage.step("drain", work)).is).toBe("done");
-      expect(Date.now()).toBeWithin((work.deadlineMs ?? 0) - 11_000, (work.deadlineMs ?? 0) - 5_000);
+      expect(Date.now() - (await ends)).toBeWithin(-1_000, 5_000);
       expect(stage.said(`the node of ${id} could not be drained`)).toBe(true);
     } finally {
       cluster.thawApiserver();
