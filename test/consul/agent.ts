@@ -243,7 +243,7 @@ export class Agents {
       .sort((a, b) => a.address.localeCompare(b.address) || a.id.localeCompare(b.id));
   }
   /** Until the services of an address are these IDs, sorted, in the catalogue. */
-  async waitForCatalogue(address: string, ids: string[], seconds = 10): Promise<void> {
+  async waitForCatalogue(address: string, ids: string[], seconds = 40): Promise<void> {
     const wanted = ids.join(" ");
     await until(
       `the catalogue has "${wanted}" at ${address}`,

@@ -2,6 +2,7 @@
 // instances' own addresses: with the services gone from the catalogue before the detach, or not, and why.
 import { afterAll, beforeAll, describe, expect } from "bun:test";
 import { only, onStage, type Scene } from "../e2e/harness.ts";
+import { leastMs } from "../kube/servers.ts";
 import { type Agents, type AgentsOptions, isConsulInstalled, type Registration, startAgents } from "./agent.ts";
 
 export const LIMIT_MS = 180_000;
@@ -64,7 +65,7 @@ async function interruption(
       detachAtMs = Date.now();
       const look = async () => {
         // The agent answers a deregistration first, and tells the catalogue then.
-        if (isGoing) await agents.waitForCatalogue(OLD, [], 5).catch(() => undefined); // the look will tell
+        if (isGoing) await agents.waitForCatalogue(OLD, [], 25).catch(() => undefined); // the look will tell
         return agents.catalogue();
       };
       const seen = look();
@@ -88,6 +89,8 @@ async function interruption(
   if (!story) throw new Error("the story has no end");
   return story;
 }
+/** On a busy machine an answer may take longer, and is rightly not waited for: such a story is told again. */
+const isHeldUp = (warnings: string[]) => warnings.join().includes("no answer in 3 s");
 const at = (catalogue: Registration[], address: string) =>
   catalogue.flatMap((entry) => (entry.address === address ? [entry.id] : []));
 const both = ["api/v1 a", "web-1"];
@@ -95,7 +98,13 @@ const both = ["api/v1 a", "web-1"];
 export async function expectGone(agents: Agents, env: Record<string, string>): Promise<void> {
   const { addresses } = agents;
   const [OLD = "", NEW = "", OTHER = ""] = addresses;
-  const { catalogue, warnings, lines } = await interruption(agents, env, { isGoing: true });
+  const tell = () => interruption(agents, env, { isGoing: true });
+  let story = await tell();
+  for (let tries = 1; tries < 3 && isHeldUp(story.warnings); tries++) {
+    await agents.request(OLD, "PUT", "/v1/agent/maintenance?enable=false");
+    story = await tell();
+  }
+  const { catalogue, warnings, lines } = story;
   expect(warnings).toEqual([]);
   expect(addresses.map((address) => at(catalogue, address))).toEqual([[], both, both]);
   expect(await agents.services(OLD)).toEqual([]);
@@ -108,16 +117,31 @@ export async function expectGone(agents: Agents, env: Record<string, string>): P
   expect(await Promise.all(addresses.map(checks))).toEqual([["_node_maintenance"], [], []]);
   await agents.request(OLD, "PUT", "/v1/agent/maintenance?enable=false");
 }
-/** With this environment they are still there, at the cost of one warning and of so many milliseconds, which are returned. */
+/**
+ * With this environment they are still there, at the cost of one warning and of so many milliseconds: below `limitMs`, as
+ * often as it takes where the machine is busy, and returned.
+ */
 export async function expectGoneOn(
   agents: Agents,
   env: Record<string, string>,
   text: RegExp,
-  before?: () => Promise<unknown> | undefined,
+  {
+    limitMs = 3_000 + 4_000, // the loop looks once a second, and the detach takes a call or two
+    before,
+    after,
+  }: { limitMs?: number; before?: () => Promise<unknown> | undefined; after?: () => Promise<unknown> | undefined } = {},
 ): Promise<number> {
-  const { catalogue, warnings, detachAtMs } = await interruption(agents, env, { before });
-  expect(at(catalogue, agents.addresses[0] ?? "")).toEqual(both);
-  expect(warnings).toEqual([expect.stringMatching(text)]);
-  expect(detachAtMs).toBeLessThan(3_000 + 4_000); // the loop looks once a second, and the detach takes a call or two
-  return detachAtMs;
+  const tookMs = await leastMs(limitMs, async () => {
+    try {
+      const { catalogue, warnings, detachAtMs } = await interruption(agents, env, { before });
+      if (isHeldUp(warnings) && !text.test("no answer in 3 s")) return Number.POSITIVE_INFINITY;
+      expect(at(catalogue, agents.addresses[0] ?? "")).toEqual(both);
+      expect(warnings).toEqual([expect.stringMatching(text)]);
+      return detachAtMs;
+    } finally {
+      await after?.();
+    }
+  });
+  expect(tookMs).toBeLessThan(limitMs);
+  return tookMs;
 }

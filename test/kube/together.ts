@@ -1,14 +1,14 @@
 // All of it at once: the compiled binary, a real API server that takes client certificates only and the role that
 // ships, real Consul agents at the instances' own addresses, and the simulated AWS over HTTP. One replacement from
 // event to detach, with and without a hard deadline, and with the program killed on the way.
-import { afterAll, beforeAll, beforeEach, describe, expect, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { type Agents, type Registration, startAgents } from "../consul/agent.ts";
 import { type Daemon, only, onStage, type Scene } from "../e2e/harness.ts";
 import { type Call, type Cluster, startCluster } from "./cluster.ts";
 import { until } from "./servers.ts";
 import { certificateKubeconfig, nodeFor, RBAC } from "./stage.ts";
 
-const LIMIT_MS = 180_000;
+const LIMIT_MS = 400_000;
 const SERVICES = ["api", "web-1"];
 
 /** What the cluster and Consul looked like when a call to AWS came in, before its effect. */
@@ -34,8 +34,7 @@ export async function tellTogether(kind: Kind, network: string): Promise<void> {
   beforeAll(async () => {
     if (kube) await cluster.apply(RBAC);
   });
-  beforeEach(async () => {
-    if (!kube || !consul) return;
+  async function clear(): Promise<void> {
     // Each scene's world gives out the same addresses, and so the same names.
     await cluster.must("DELETE", "/api/v1/namespaces/default/pods?gracePeriodSeconds=0");
     await cluster.must("DELETE", "/api/v1/nodes");
@@ -44,7 +43,7 @@ export async function tellTogether(kind: Kind, network: string): Promise<void> {
       for (const id of SERVICES) await agents.register(address, { name: id.replace("-1", ""), id });
       await agents.waitForCatalogue(address, SERVICES);
     }
-  });
+  }
   afterAll(() => Promise.all([kube?.stop(), consul?.stop()]));
 
   const maintained = async (address: string) =>
@@ -58,7 +57,7 @@ export async function tellTogether(kind: Kind, network: string): Promise<void> {
       if (operation !== "DetachInstances" && (operation !== "AttachInstances" || looks.has(operation))) return undefined;
       const look = async () => {
         // The agent answers a deregistration first, and tells the catalogue then.
-        if (operation === "DetachInstances") await agents.waitForCatalogue(OLD, [], 5).catch(() => undefined); // the look will tell
+        if (operation === "DetachInstances") await agents.waitForCatalogue(OLD, [], 25).catch(() => undefined); // the look will tell
         return { calls: calls(), pods: await cluster.podsOn(node), catalogue: await agents.catalogue() };
       };
       const seen = look();
@@ -68,8 +67,18 @@ export async function tellTogether(kind: Kind, network: string): Promise<void> {
     return looks;
   }
 
-  /** One replacement; `disturb` is called once the program runs, and awaited once the new node is Ready. */
+  /**
+   * One replacement; `disturb` is called once the program runs, and awaited once the new node is Ready. Told again where
+   * Consul's agent took over three seconds on a busy machine, and rightly was not waited for.
+   */
   async function replacement(user: string, disturb?: (stop: Stop) => Promise<void>): Promise<void> {
+    for (let tries = 0; tries < 3; tries++) if (await isTold(`${user}-${tries}`, disturb)) return;
+    throw new Error("Consul's agent took over three seconds three times");
+  }
+  /** False where Consul's agent was not waited for. */
+  async function isTold(user: string, disturb?: (stop: Stop) => Promise<void>): Promise<boolean> {
+    await clear();
+    let isHeldUp = false;
     const flags = ["-K", certificateKubeconfig(cluster, user)];
     const calls = () => cluster.calls().filter((call) => call.user === user);
     await onStage(async (scene) => {
@@ -103,6 +112,8 @@ export async function tellTogether(kind: Kind, network: string): Promise<void> {
       scene.hurry(scene.queues.detach);
       await disturbed;
       await scene.finish([old]);
+      isHeldUp = scene.daemons.some((each) => each.has("no answer in 3 s"));
+      if (isHeldUp) return;
 
       const [attach, detach] = [await looks.get("AttachInstances"), await looks.get("DetachInstances")];
       // With a hard deadline the cordon comes at once, without one only when there is a replacement.
@@ -123,21 +134,24 @@ export async function tellTogether(kind: Kind, network: string): Promise<void> {
       expect(await Promise.all(ADDRESSES.map((address) => agents.services(address)))).toEqual([[], SERVICES, SERVICES]);
       expect(await Promise.all(ADDRESSES.map(maintained))).toEqual([true, false, false]);
     });
+    return !isHeldUp;
   }
 
   /** Kill -9 while the first pods are ending, and a restart. */
   async function dieWhileEvicting({ scene, daemon, flags, calls }: Stop): Promise<void> {
-    await until("evictions began", async () => calls().some(isEviction), 60);
+    await until("evictions began", async () => calls().some(isEviction), 150);
     await daemon.end("SIGKILL");
     await scene.start(...flags);
   }
   /** Kill -9 between the deregistration and the detach, and a restart. */
   async function dieDeregistered({ scene, daemon, flags }: Stop): Promise<void> {
     const isMark = (input: object) => JSON.stringify(input).includes('"spotmax:detached"');
+    let left: string[] = [];
     await scene.at({ call: "ec2:CreateTags", when: "before", matches: isMark }, async () => {
-      expect(await agents.services(OLD)).toEqual([]);
+      left = await agents.services(OLD);
       await daemon.end("SIGKILL");
     });
+    if (!daemon.has("no answer in 3 s")) expect(left).toEqual([]);
     await scene.start(...flags);
   }
 
