@@ -142,7 +142,7 @@ async function send({ sqs }: SdkClients, set: SetUp, ...instances: string[]): Pr
 
 story(
   "the compiled program replaces interrupted instances at moto: at minimum = maximum and in a mixed group",
-  180_000,
+  400_000,
   async (moto, clients) => {
     const fixed = await setUp(clients, { group: "fixed", min: 2, max: 2, desired: 2, types: ["m5.large"] });
     const mixed = await setUp(clients, { group: "mixed", min: 1, max: 5, desired: 3, bucket: "other-bucket" });
@@ -166,7 +166,7 @@ story(
         if (interruption === 0 && detach === 0) moto.hurry();
         return (await claims(clients)).filter((c) => tag(c, "spotmax:attached")).length === 2 && left.every((n) => n === 0);
       });
-      await until("the maximum is put back, and its tag gone", 60, async () => {
+      await until("the maximum is put back, and its tag gone", 150, async () => {
         const { MaxSize, Tags = [] } = await groupOf(clients, "fixed");
         return MaxSize === 2 && !Tags.some((t) => t.Key?.startsWith("spotmax:"));
       });
@@ -281,7 +281,7 @@ story(
     moto.age(0);
     await autoscaling.send(new AttachInstancesCommand({ AutoScalingGroupName: "web", InstanceIds: olds }));
     const system = { spot_advisor_url: `http://127.0.0.1:${served.port}/spot-advisor-data.json` };
-    const options = { is_enable_preaction: true, preaction_detach_delay_seconds: 1, preaction_termination_delay_seconds: 1 };
+    const options = { is_enable_preaction: true, preaction_detach_delay_seconds: 5, preaction_termination_delay_seconds: 1 };
     const during = await start(set, { web: options }, moto.url, clients, system, 1);
     let [least, most] = [2, 2];
     await during(async () => {
