@@ -39,6 +39,8 @@ export const first = <T>(list: readonly T[]): T => {
 };
 export const sleep = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
 
+/** Each process has a hundred of its own, and gives none out twice. */
+let nextPort = 20_000 + 100 * (process.pid % 120);
 /**
  * Listens on a port below the range from which the kernel gives ports to outgoing connections: whoever comes back
  * after an outage finds it free, and no client that calls it meanwhile is connected to itself.
@@ -46,7 +48,7 @@ export const sleep = (ms: number) => new Promise<void>((resolve) => setTimeout(r
 export function listenBelow<T>(listen: (port: number) => T): T {
   for (let tries = 1; ; tries++) {
     try {
-      return listen(20_000 + Math.floor(Math.random() * 12_000));
+      return listen(nextPort++);
     } catch (error) {
       if (tries === 100 || (error as NodeJS.ErrnoException).code !== "EADDRINUSE") throw error;
     }
