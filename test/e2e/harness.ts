@@ -246,8 +246,9 @@ export class Scene {
       });
       return { daemon, firstReceiveMs };
     };
-    const result = starting.then(run);
-    starting = result.catch(() => undefined); // whoever asked hears of it
+    // A restart waits for nobody: its notice's time runs.
+    const result = this.daemons.length > 0 ? run() : starting.then(run);
+    starting = Promise.allSettled([starting, result]);
     return result;
   }
 
