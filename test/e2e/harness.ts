@@ -337,14 +337,14 @@ export class Scene {
     return [...this.world.ec2.instances.values()].filter((i) => i.tags.has("spotmax:replaces"));
   }
   isLiving = (i: Instance) => i.state === "pending" || i.state === "running";
-  /** Every claim is settled, every maximum is back, every group is full, and the first two queues are empty. */
+  /** Every claim is settled, every maximum and protection is back, every group is full, and the first two queues are empty. */
   isSettled(): boolean {
     return (
       this.claims().every((i) => !this.isLiving(i) || i.tags.has("spotmax:attached")) &&
       [...this.world.autoscaling.groups.values()].every(
-        ({ tags, members, desired }) =>
+        ({ tags, members, desired, newProtected }) =>
           !tags.has("spotmax:max_size") &&
-          [...members.values()].every((m) => m.state === "InService") &&
+          [...members.values()].every((m) => m.state === "InService" && m.protected === newProtected) &&
           [...members.values()].reduce((units, m) => units + m.weight, 0) === desired,
       ) &&
       this.depth(this.queues.interruption) + this.depth(this.queues.detach) === 0
@@ -362,7 +362,7 @@ export class Scene {
   async finish(
     olds: string[],
     {
-      seconds = 140,
+      seconds = 200,
       launches = olds.length,
       dips = false,
       deadLetters = 0,
