@@ -9,7 +9,7 @@ import { FaultyProxy } from "./proxy.ts";
 const SEEDS = process.env.FAULT_SEED
   ? [Number(process.env.FAULT_SEED)]
   : (process.env.FAULT_SEEDS ?? "1 2 3 4").split(" ").map(Number);
-const LIMIT_MS = 240_000;
+const LIMIT_MS = 600_000;
 
 /** Keeps one daemon running, as systemd does: one that ends at the start, for nothing could be read, is started again. */
 class Keeper {
@@ -33,8 +33,8 @@ class Keeper {
       await sleep(100);
     }
   }
-  kill(): void {
-    this.daemon.signal("SIGKILL");
+  async kill(): Promise<void> {
+    await this.daemon.end("SIGKILL");
   }
   /** The present one is left to go on. */
   async leave(): Promise<void> {
@@ -66,23 +66,23 @@ async function life(seed: number): Promise<void> {
     };
     keepers.push(new Keeper(spawn), new Keeper(spawn));
     const isUp = (d: Daemon) => d.isAlive && d.has("start termination handler");
-    await s.until("a daemon is up", 60, () => keepers.some((k) => isUp(k.daemon)));
+    await s.until("a daemon is up", 120, () => keepers.some((k) => isUp(k.daemon)));
 
     // The weather: for 40 seconds, with a notice now and then, a death every five seconds, and two outages.
     const endMs = Date.now() + 40_000;
     const rest = [...olds];
     for (let round = 0; Date.now() < endMs; round++) {
       const old = rest.shift();
-      if (old) s.interrupt(old, { seconds: 110, copies: random.between([1, 3]), keepCapacity: random.chance(0.5) });
+      if (old) s.interrupt(old, { seconds: 119, copies: random.between([1, 3]), keepCapacity: random.chance(0.5) });
       await sleep(random.between([2_000, 5_000]));
-      if (random.chance(0.6)) keepers[random.between([0, 1])]?.kill();
+      if (random.chance(0.6)) await keepers[random.between([0, 1])]?.kill();
       if (round === 2 || round === 6) await proxy.outage(random.between([300, 1_500]));
     }
     proxy.calm();
     const { done } = proxy;
-    await s.until("both are up", 60, () => keepers.every((k) => isUp(k.daemon)));
+    await s.until("both are up", 120, () => keepers.every((k) => isUp(k.daemon)));
     await Promise.all(keepers.map((k) => k.leave()));
-    await s.finish(olds, { seconds: 200, launches: "any", dips: true, onTime: false });
+    await s.finish(olds, { launches: "any", dips: true, onTime: false });
 
     const kinds = new Set([...done.keys()].map((name) => name.slice(0, name.lastIndexOf(" "))));
     const restarts = keepers.reduce((sum, k) => sum + k.restarts, 0);
@@ -100,8 +100,8 @@ async function life(seed: number): Promise<void> {
     throw error;
   } finally {
     await Promise.all(keepers.map((k) => k.leave()));
-    await s.close();
     proxy?.stop();
+    await s.close();
   }
 }
 

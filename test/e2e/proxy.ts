@@ -183,7 +183,7 @@ export class FaultyProxy {
     try {
       await this.#act(socket, fault, call, pass);
     } catch (error) {
-      if (!signal.aborted) throw error; // else the client hung up
+      if (!signal.aborted && !this.#stopped) throw error; // else the client hung up
     }
   }
 
