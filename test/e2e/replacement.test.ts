@@ -22,7 +22,7 @@ test(
     onStage(async (s) => {
       s.group({ name: "web", ...tight });
       let [startMs, endMs] = [Number.POSITIVE_INFINITY, Number.POSITIVE_INFINITY];
-      for (let tries = 0; tries < 5 && Math.max(startMs, endMs) > 2_000; tries++) {
+      for (let tries = 0; tries < 20 && Math.max(startMs, endMs) > 2_000; tries++) {
         const { daemon, firstReceiveMs } = await s.start();
         await sleep(1_000); // into the long polls
         const { code, tookMs } = await daemon.end("SIGTERM");
