@@ -5223,7 +5223,8 @@ async function preactionLoop(ctx: Ctx): Promise<void> {
     try {
       await pause(ctx, LOOK_MS);
       const intervalMs = snapshotIntervalMinutes(ctx.state.config) * 60_000;
-      const isSnapshot = intervalMs > 0 && ctx.deps.now() - snapshotMs >= intervalMs;
+      // A timer may come a moment early: then it is not to be another minute.
+      const isSnapshot = intervalMs > 0 && ctx.deps.now() - snapshotMs > intervalMs - LOOK_MS / 2;
       if (isSnapshot) snapshotMs = ctx.deps.now();
       await look(ctx, isSnapshot);
     } catch (error) {
@@ -5290,17 +5291,21 @@ async function lookAt(ctx: Ctx, name: string, options: GroupOptions, advisor: Ad
   const looked = [...group.members.values()].filter((m) => advisor || isOurs(m.id));
   const instances = (await Promise.all(looked.map((m) => ctx.cloud.instance(m.id)))).flatMap((i) => i ?? []);
   const snapshot = await snapshotOf(ctx, group, options, instances, advisor);
-  if (!victims({ ...snapshot, inHand: [] }).length) return;
+  const log = ctx.deps.log.with({ group: name });
+  if (!victims({ ...snapshot, inHand: [] }).length)
+    return log.debug(`preaction: ${snapshot.isSteady ? "nobody has a better place" : "not while the group is changing"}`);
   const asked = [...ctx.state.asked].flatMap(([id, a]) => (a.group === name && group.members.has(id) ? [id] : []));
   const inHand = [...new Set([...(await inHandOf(ctx, name)), ...asked])];
-  for (const victim of victims({ ...snapshot, inHand })) {
+  const chosen = victims({ ...snapshot, inHand });
+  if (!chosen.length) log.debug("preaction: not now", { inHand: inHand.join(" ") });
+  for (const victim of chosen) {
     const { type = "", platform = "Linux" } = instances.find((i) => i.id === victim.id) ?? {};
     const label = (of: string) => advisor?.labels[advisor.bands[platform].get(of) ?? 0];
     const [best = ""] = victim.better?.[0] ?? [];
     const why = victim.better
       ? `of ${type} AWS takes back ${label(type)} a month, of ${best} ${label(best)}`
       : "an on-demand fallback goes back to spot";
-    ctx.deps.log.info(`preaction: ${victim.id} is to be replaced: ${why}`, { group: name, instance: victim.id });
+    log.info(`preaction: ${victim.id} is to be replaced: ${why}`, { instance: victim.id });
     await ask(ctx, group, options, victim);
   }
 }

@@ -124,7 +124,8 @@ async function start(set: SetUp, groups: object, url: string, { s3 }: SdkClients
   async function during(tell: () => Promise<void>): Promise<void> {
     try {
       await until("the program is up", 60, async () => log.includes("start termination handler"));
-      await tell();
+      const end = await Promise.race([tell(), child.exited]);
+      if (end !== undefined) throw new Error(`the program ended by itself: ${child.signalCode ?? `exit ${end}`}`);
     } catch (cause) {
       child.kill("SIGKILL");
       await read;
