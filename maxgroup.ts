@@ -2424,9 +2424,8 @@ async function claimsOf(ctx: Ctx, old: string): Promise<Ec2Instance[]> {
     }
     const unordered = [...seen.values()].filter((c) => c.tags[TAG.replaces]?.includes(" ") && !c.tags[TAG.order]);
     if (!unordered.length) return [...seen.values()].filter((c) => replacedBy(c) === old);
-    // Whoever launched the batch writes its order in a moment; after 30 s it is taken to be dead.
-    if (unordered.some((c) => cloudNow(ctx) - c.launchedMs < 30_000)) await tick(ctx);
-    else await writeOrders(ctx, unordered);
+    if (unordered.some((c) => isUnderWay(ctx, c))) await tick(ctx);
+    else await writeOrders(ctx, [...seen.values()]);
   }
 }
 
@@ -2457,15 +2456,27 @@ async function standsFor(ctx: Ctx, old: string, forData = false, depth = 0): Pro
   return undefined;
 }
 
-/** Gives batches that lack it their order: each launch call's instances, dead ones included, by ID. */
-async function writeOrders(ctx: Ctx, unordered: Ec2Instance[]): Promise<void> {
-  const batches = Map.groupBy(unordered, (c) => `${c.tags["aws:ec2:fleet-id"] ?? ""} ${c.tags[TAG.replaces]}`);
+/**
+ * Gives batches that lack it their order: each launch call's instances, dead ones included, by ID. Where one of them
+ * shows it, that is the order of all, for a describe may lag behind the rest.
+ */
+async function writeOrders(ctx: Ctx, shown: Ec2Instance[]): Promise<void> {
+  const inBatches = shown.filter((c) => c.tags[TAG.replaces]?.includes(" "));
+  const batches = Map.groupBy(inBatches, (c) => `${c.tags["aws:ec2:fleet-id"] ?? ""} ${c.tags[TAG.replaces]}`);
   for (const batch of batches.values()) {
+    const lacking = batch.filter((c) => !c.tags[TAG.order]);
+    if (!lacking.length || lacking.some((c) => isUnderWay(ctx, c))) continue;
     const ids = batch.map((c) => c.id).sort();
-    await ctx.cloud.tag(ids, { [TAG.order]: ids.join(" ") });
-    for (const c of batch) ctx.state.claims.set(c.id, { ...c, tags: { ...c.tags, [TAG.order]: ids.join(" ") } });
+    const order = { [TAG.order]: batch.find((c) => c.tags[TAG.order])?.tags[TAG.order] ?? ids.join(" ") };
+    await ctx.cloud.tag(
+      lacking.map((c) => c.id),
+      order,
+    );
+    for (const c of lacking) ctx.state.claims.set(c.id, { ...c, tags: { ...c.tags, ...order } });
   }
 }
+/** Whoever launched a batch writes its order in a moment; after 30 s it is taken to be dead. */
+const isUnderWay = (ctx: Ctx, claim: Ec2Instance) => cloudNow(ctx) - claim.launchedMs < 30_000;
 
 async function launch(ctx: Ctx, work: Work): Promise<Result> {
   const flying = ctx.state.launching.get(work.instance);
@@ -4809,9 +4820,6 @@ async function managerLoop(ctx: Ctx): Promise<void> {
 async function managerPass(ctx: Ctx): Promise<boolean> {
   const { state } = ctx;
   const shown = await ctx.cloud.describe("reading claims", [{ Name: "tag-key", Values: [TAG.replaces] }]);
-  const unordered = shown.filter(
-    (c) => c.tags[TAG.replaces]?.includes(" ") && !c.tags[TAG.order] && cloudNow(ctx) - c.launchedMs > 30_000,
-  );
   // What fails is tried again with the next pass, holds up nothing else, and is said once.
   const part = async <T>(what: string, run: () => Promise<T>, otherwise: T) => {
     let failed = false;
@@ -4824,7 +4832,7 @@ async function managerPass(ctx: Ctx): Promise<boolean> {
     if (!failed) for (const level of levels) state.said.delete(`manager ${level} ${what}`);
     return answer;
   };
-  await part("orders", () => writeOrders(ctx, unordered), undefined);
+  await part("orders", () => writeOrders(ctx, shown), undefined);
   const seen = new Map(shown.map((c) => [c.id, c]));
   for (const [id, c] of state.claims) {
     const now = seen.get(id);

@@ -656,3 +656,22 @@ test("an old one that somebody takes out while there is no capacity is replaced 
   expect(s.lines.filter((line) => line.startsWith("ERRO"))).toEqual([]);
   expect(s.lines.filter((line) => line.includes("it has left web meanwhile: none is launched"))).toHaveLength(1);
 });
+
+test("a batch has one order: what one of it shows is the order of all", async () => {
+  const s = new Stage();
+  const [old = "", other = ""] = s.group({ name: "web", min: 1, max: 9, desired: 3, zones: ["us-east-1a"] });
+  const daemon = await s.start();
+  for (const id of [old, other]) s.world.interrupt(id, { withoutReclaim: true });
+  await s.until(() => s.openClaims().length === 2, 60);
+  await s.seconds(1);
+  const claims = s.openClaims().sort();
+  const orders = () => claims.map((id) => s.world.instance(id).tags.get("spotmax:order"));
+  expect(orders()).toEqual([claims.join(" "), claims.join(" ")]);
+  daemon.kill();
+  // As a describe that lags shows the one of them.
+  s.world.instance(claims[1] ?? "").tags.delete("spotmax:order");
+  await s.seconds(40);
+  await s.start();
+  await s.quiet();
+  expect(orders()).toEqual([claims.join(" "), claims.join(" ")]);
+});
