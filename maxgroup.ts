@@ -3445,6 +3445,7 @@ async function terminate(ctx: Ctx, work: Work): Promise<Result> {
   const [old, member] = await Promise.all([ctx.cloud.instance(instance), ctx.cloud.member(instance)]);
   if (isGone(old)) {
     work.log.info(`${instance} is ${old?.state ?? "gone"}`);
+    if (old && hasVolume(work)) await protectData(ctx, work, old);
     return done;
   }
   const isLeaving = member && judgeState(member.lifecycleState) === "leaving";
@@ -3558,12 +3559,16 @@ async function isDataElsewhere(ctx: Ctx, i: Ec2Instance): Promise<boolean> {
   return volumes.some(({ id }) => !own.has(id));
 }
 
-/** Keeps the data volume beyond its instance and writes down whose it is; returns its ID. Neither waits for the other. */
+/**
+ * Keeps the data volume beyond its instance and writes down whose it is; returns its ID. Neither waits for the other.
+ * Of an instance that is shutting down only what was kept before is left: that is told from the rest as long as it shows.
+ */
 async function protectData(ctx: Ctx, work: Work, i: Ec2Instance): Promise<string | undefined> {
+  if (!Object.keys(i.volumes).length) return undefined; // it has ended
   const isElsewhere = !i.volumes[DATA_DEVICE] && (await isDataElsewhere(ctx, i));
   const device = dataDevice(i, work.options.persistence_dev ?? "", isElsewhere);
   const volume = device ? i.volumes[device] : undefined;
-  if (!device || !volume) return undefined;
+  if (!device || !volume || (volume.ends && isGone(i))) return undefined;
   const keep = async () => {
     if (!volume.ends) return;
     const input = {
@@ -3582,7 +3587,7 @@ async function protectData(ctx: Ctx, work: Work, i: Ec2Instance): Promise<string
 /** Of an instance that goes and for which nothing is launched: its data is kept all the same. */
 async function keepData(ctx: Ctx, work: Work, fault: Result): Promise<Result> {
   const { old, instance } = work;
-  if (!isLiving(old) || !old) return fault;
+  if (!old) return fault;
   try {
     const volume = await protectData(ctx, work, old);
     if (volume)
@@ -3597,7 +3602,7 @@ async function keepData(ctx: Ctx, work: Work, fault: Result): Promise<Result> {
 
 async function protectVolume(ctx: Ctx, work: Work): Promise<Result> {
   const old = await ctx.cloud.instance(work.instance);
-  if (!old || isGone(old)) return done;
+  if (!old) return done;
   try {
     await protectData(ctx, work, old);
   } catch (error) {

@@ -571,6 +571,26 @@ test("data of an old one that stands in Standby and is stopped stays with it, wh
   expect(ownerOf(s, data)).toBe(`${claim} /dev/sdz`);
 });
 
+test("a volume that was kept, but not tagged before the daemon died, is tagged as long as its instance shows", async () => {
+  const s = new Stage({ shuttingDownMs: [40_000, 40_000] });
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  const daemon = await s.start();
+  const isTag = (input: object) => (input as { Resources?: string[] }).Resources?.includes(data);
+  s.world.intercept = ({ operation, input }) =>
+    operation === "CreateTags" && isTag(input) ? { before: new AwsError("RequestLimitExceeded", "busy", 503) } : undefined;
+  s.world.interrupt(old);
+  await s.seconds(1);
+  daemon.kill();
+  s.world.intercept = undefined;
+  await s.until(() => s.world.instance(old).state === "shutting-down", 200);
+  expect([tagOf(s, data), s.world.ec2.ebs.volumes.get(data)?.attachment?.deleteOnTermination]).toEqual([undefined, false]);
+  await s.start();
+  await s.quiet(7200);
+  expect([stateOf(s, data), tagOf(s, data)]).toEqual(["available", old]);
+  expect(warnings(s, `aws ec2 attach-volume --volume-id ${data}`).length).toBeGreaterThan(0);
+});
+
 test("an old describe of an instance does not make its empty volume the data", async () => {
   for (let seed = 1; seed <= 8; seed++) {
     const s = new Stage({ seed, staleMs: 5_000 });
