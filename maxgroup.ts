@@ -3445,7 +3445,6 @@ async function terminate(ctx: Ctx, work: Work): Promise<Result> {
   const [old, member] = await Promise.all([ctx.cloud.instance(instance), ctx.cloud.member(instance)]);
   if (isGone(old)) {
     work.log.info(`${instance} is ${old?.state ?? "gone"}`);
-    if (old && hasVolume(work)) await protectData(ctx, work, old);
     return done;
   }
   const isLeaving = member && judgeState(member.lifecycleState) === "leaving";
@@ -3641,7 +3640,12 @@ async function moveVolume(ctx: Ctx, work: Work): Promise<Result> {
   // Of several the one that the instance was told of; another is a copy that was never attached to it.
   const told = waiting.length > 1 ? (await ctx.cloud.instance(work.instance))?.tags[TAG.volume] : undefined;
   const source = waiting.find((v) => v.id === told) ?? waiting[0];
-  if (!source) return skip(`no volume of ${work.instance} waits to be moved`, "info");
+  if (!source) {
+    // It may have been kept by a daemon that died before it could write down whose it is.
+    const old = await ctx.cloud.instance(work.instance);
+    const kept = old && isGone(old) ? await protectData(ctx, work, old) : undefined;
+    return kept ? retry(`${kept} has just been tagged`, 3) : skip(`no volume of ${work.instance} waits to be moved`, "info");
+  }
   const log = work.log.with({ volume: source.id });
   const isPatient = isFresh(ctx, work, VOLUME_PATIENCE_MS);
   const target = await standsFor(ctx, work.instance, true);

@@ -591,6 +591,24 @@ test("a volume that was kept, but not tagged before the daemon died, is tagged a
   expect(warnings(s, `aws ec2 attach-volume --volume-id ${data}`).length).toBeGreaterThan(0);
 });
 
+test("a volume that could not be tagged before its instance went is tagged as long as that shows, and goes on", async () => {
+  const s = new Stage({ shuttingDownMs: [120_000, 120_000] });
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  const daemon = await s.start();
+  const isTag = (input: object) => (input as { Resources?: string[] }).Resources?.includes(data);
+  s.world.intercept = ({ operation, input }) =>
+    operation === "CreateTags" && isTag(input) ? { before: new AwsError("RequestLimitExceeded", "busy", 503) } : undefined;
+  s.world.interrupt(old);
+  await s.until(() => s.world.instance(old).state === "shutting-down", 200);
+  daemon.kill();
+  s.world.intercept = undefined;
+  expect([tagOf(s, data), s.world.instance(old).group]).toEqual([undefined, undefined]);
+  await s.start();
+  await s.quiet(7200);
+  expect(ownerOf(s, data)).toBe(`${claimOf(s, old)} /dev/sdz`);
+});
+
 test("an old describe of an instance does not make its empty volume the data", async () => {
   for (let seed = 1; seed <= 8; seed++) {
     const s = new Stage({ seed, staleMs: 5_000 });
