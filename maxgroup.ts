@@ -3322,6 +3322,23 @@ async function release(ctx: Ctx, group: Group): Promise<void> {
   await Promise.all(late.map((c) => lane(ctx, group.name).release(c.id)));
 }
 
+/**
+ * Long after a claim was settled its old one is in service: the minimum kept it, or somebody has brought it back. The
+ * claim is a member like any other by then, and stands for nobody: that one's next notice is owed a launch of its own.
+ */
+async function untie(ctx: Ctx, group: Group): Promise<void> {
+  const tags = { [TAG.replaces]: "" };
+  for (const c of ctx.state.claims.values()) {
+    const old = replacedBy(c);
+    const isOver = isSettled(c) && keptSince(ctx, c) === undefined && c.tags[TAG.group] === group.name;
+    if (!isOver || !old || !isStaying(group.members.get(old))) continue;
+    ctx.state.left.delete(old);
+    await ctx.cloud.tag([c.id], tags);
+    ctx.state.claims.set(c.id, { ...c, tags: { ...c.tags, ...tags } });
+    ctx.deps.log.info(`${old} is in service beside ${c.id}, which replaces nobody any more`, { group: group.name });
+  }
+}
+
 /** Detaches up to 20 old instances of one group, all with or all without decrement; runs alone on the group. */
 async function detachBatch(ctx: Ctx, name: string, items: DetachItem[]): Promise<DetachVerdict[]> {
   const verdicts = new Map<string, DetachVerdict>();
@@ -4862,6 +4879,7 @@ async function managerPass(ctx: Ctx): Promise<boolean> {
   let raised = false;
   for (const g of groups) {
     await part(`protection ${g.name}`, () => release(ctx, g), undefined);
+    await part(`ties ${g.name}`, () => untie(ctx, g), undefined);
     raised = (await part(`maximum ${g.name}`, () => restoreMaximum(ctx, g, open), true)) || raised;
   }
   await part("volumes", () => sweepVolumes(ctx), undefined);
@@ -4932,7 +4950,7 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       return { claim, member, name, group, old, fate: old && group ? await fateOf(ctx, group, old) : ("unknown" as const) };
     }),
   );
-  const rivals = Map.groupBy(ctx.state.claims.values(), (c) => replacedBy(c) ?? c.id);
+  const rivals = Map.groupBy(ctx.state.claims.values(), (c) => replacedBy(c) ?? "");
   const ended = new Map<string, number>(); // so many surplus ones of a group
   for (const { claim, member, name, group, old, fate } of seen) {
     if (!member && !ctx.state.outsideSince.has(claim.id)) ctx.state.outsideSince.set(claim.id, nowMs);

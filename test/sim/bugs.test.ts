@@ -675,3 +675,29 @@ test("a batch has one order: what one of it shows is the order of all", async ()
   await s.quiet();
   expect(orders()).toEqual([claims.join(" "), claims.join(" ")]);
 });
+
+test("one that is in service long after its replacement was settled is owed one of its own at its next notice", async () => {
+  for (const why of ["the minimum kept it", "it was attached once more"]) {
+    const s = new Stage();
+    const delays = { preaction_detach_delay_seconds: 60, preaction_termination_delay_seconds: 3_600 };
+    const old = first(s.group({ name: "web", min: 1, max: 9, desired: 3 }, { is_to_handle_rebalance_event: true, ...delays }));
+    await s.start();
+    s.world.rebalance(old);
+    const claim = await inService(s);
+    const setMinimum = (MinSize: number) =>
+      s.call("autoscaling", "UpdateAutoScalingGroup", { AutoScalingGroupName: "web", MinSize });
+    if (why === "the minimum kept it") await setMinimum(4);
+    await s.until(() => s.world.instance(claim).tags.has("spotmax:attached"), 3_600);
+    if (why === "the minimum kept it") await setMinimum(1);
+    else {
+      await s.until(() => s.world.instance(old).group === undefined, 60);
+      await s.call("autoscaling", "AttachInstances", { AutoScalingGroupName: "web", InstanceIds: [old] });
+    }
+    await s.seconds(900);
+    expect([why, sizes(s)]).toEqual([why, [1, 9, 4]]);
+    s.world.interrupt(old);
+    await s.quiet(3_600);
+    expect([why, sizes(s), s.least("web") >= 3]).toEqual([why, [1, 9, 4], true]);
+    expect(s.world.autoscaling.groups.get("web")?.members.size).toBe(4);
+  }
+});

@@ -641,3 +641,18 @@ test("messages that meet at the snapshot make one of it, and none of them fails"
   expect(s.world.ec2.ebs.snapshots.size).toBe(1);
   expect(s.lines.filter((l) => l.startsWith("ERRO"))).toEqual([]);
 });
+
+test("a replacement beside which the old one stays for good has data of its own, and that goes on", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), { ...options, is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 60 }));
+  await s.start();
+  s.world.rebalance(old);
+  const claim = await inService(s, old);
+  await s.call("autoscaling", "UpdateAutoScalingGroup", { AutoScalingGroupName: "db", MinSize: 4 });
+  await s.until(() => s.world.instance(claim).tags.has("spotmax:attached"), 3_600);
+  await s.seconds(900);
+  const [data, olds] = [volumeAt(s, claim, DEVICE), volumeAt(s, old, DEVICE)];
+  s.world.interrupt(claim);
+  await s.quiet(7_200);
+  expect([ownerOf(s, data), ownerOf(s, olds)]).toEqual([`${claimOf(s, claim)} /dev/sdz`, `${old} ${DEVICE}`]);
+});
