@@ -3568,8 +3568,12 @@ async function lineOf(ctx: Ctx, i: Ec2Instance): Promise<string[]> {
  * Whether the data of a replacement's line is on none of the volumes it was launched with: yet to come from an earlier
  * one, gone past it to a later one, or just moved to it. All in one reading, for what moves between two is in neither.
  */
-async function isDataElsewhere(ctx: Ctx, i: Ec2Instance): Promise<boolean> {
+async function isDataElsewhere(ctx: Ctx, i: Ec2Instance, device: string): Promise<boolean> {
   const line = await lineOf(ctx, i);
+  // Without a hard deadline the first one's data is kept and tagged only after the attach.
+  const first = line[0] ? await ctx.cloud.instance(line[0]) : undefined;
+  const shown = first?.volumes[DATA_DEVICE] ?? first?.volumes[device];
+  if (shown && !(shown.ends && isGone(first))) return true;
   const volumes = (await Promise.all([...new Set(line)].map((id) => ctx.cloud.volumesOf(id)))).flatMap((found) => found ?? []);
   const own = new Set(Object.values(i.volumes).map(({ id }) => id));
   return volumes.some(({ id }) => !own.has(id));
@@ -3581,8 +3585,9 @@ async function isDataElsewhere(ctx: Ctx, i: Ec2Instance): Promise<boolean> {
  */
 async function protectData(ctx: Ctx, work: Work, i: Ec2Instance): Promise<string | undefined> {
   if (!Object.keys(i.volumes).length) return undefined; // it has ended
-  const isElsewhere = !i.volumes[DATA_DEVICE] && (await isDataElsewhere(ctx, i));
-  const device = dataDevice(i, work.options.persistence_dev ?? "", isElsewhere);
+  const { persistence_dev = "" } = work.options;
+  const isElsewhere = !i.volumes[DATA_DEVICE] && (await isDataElsewhere(ctx, i, persistence_dev));
+  const device = dataDevice(i, persistence_dev, isElsewhere);
   const volume = device ? i.volumes[device] : undefined;
   if (!device || !volume || (volume.ends && isGone(i))) return undefined;
   const keep = async () => {

@@ -656,3 +656,19 @@ test("a replacement beside which the old one stays for good has data of its own,
   await s.quiet(7_200);
   expect([ownerOf(s, data), ownerOf(s, olds)]).toEqual([`${claimOf(s, claim)} /dev/sdz`, `${old} ${DEVICE}`]);
 });
+
+test("a replacement interrupted before its old one's data is kept hands no empty volume on", async () => {
+  const s = new Stage({ attachMs: [5_000, 5_000] });
+  const old = first(s.group(fleet(), { ...options, is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 300 }));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  s.world.rebalance(old);
+  const joined = () => s.openClaims().find((id) => s.world.autoscaling.groups.get("db")?.members.has(id));
+  await s.until(() => joined() !== undefined, 60);
+  const second = joined() ?? "";
+  const empty = volumeAt(s, second, DEVICE);
+  expect(tagOf(s, data)).toBeUndefined();
+  s.world.interrupt(second);
+  await s.quiet(7_200);
+  expect([ownerOf(s, data), stateOf(s, empty) ?? "deleted"]).toEqual([`${claimOf(s, second)} /dev/sdz`, "deleted"]);
+});
