@@ -1411,6 +1411,8 @@ const newState = (config: Config) => ({
   joined: new Set<string>(),
   /** How instances left, where their group's activities told. */
   left: new Map<string, HowLeft>(),
+  /** Since when they do not tell of one that we let go. */
+  untoldMs: new Map<string, number>(),
   /** When a detach message for an old instance was last in hand here. */
   detachSeenMs: new Map<string, number>(),
   /** When the agents of old instances were asked to let their services go: once, whatever came of it. */
@@ -1764,7 +1766,6 @@ export type Work = Received & {
   attempt: number;
   /** On the way out: the old one has left already; with which decrement to detach it; the minimum refused one. */
   left: boolean;
-  leftMs?: number;
   decrement: boolean;
   refused: boolean;
   log: Log;
@@ -2984,10 +2985,17 @@ async function howOldLeft(ctx: Ctx, group: string, old: string): Promise<HowLeft
   if (known) return known;
   const [activities, instance] = await Promise.all([ctx.cloud.activities(`${group} ${old}`), ctx.cloud.instance(old)]);
   const told = howItLeft(activities ?? [], old);
-  if (told === "unknown" && instance?.tags[TAG.detached] === group) return "decremented";
   if (told !== "unknown") ctx.state.left.set(old, told); // that will never change
-  return told;
+  if (told !== "unknown" || instance?.tags[TAG.detached] !== group) return told;
+  // Activities lag: until they tell, the tag is an intention, and its group may have ended the old one by itself.
+  const sinceMs = ctx.state.untoldMs.get(old) ?? ctx.deps.now();
+  ctx.state.untoldMs.set(old, sinceMs);
+  return ctx.deps.now() - sinceMs < TOLD_MS ? "unknown" : "decremented";
 }
+const TOLD_MS = 10_000;
+/** It was let go, and how it left will be known in seconds. */
+const isUntold = async (ctx: Ctx, group: string, old: string) =>
+  (await howOldLeft(ctx, group, old)) === "unknown" && ctx.state.untoldMs.has(old);
 
 /**
  * What became of the one that a claim stands for in the end: where that was itself a claim nobody had settled yet, its
@@ -3052,6 +3060,8 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
     else if (claims[n]?.state !== "running") verdicts.set(item.claim, { is: "later", reason: `${item.claim} is not running` });
     else if (group.suspended.has("Launch"))
       verdicts.set(item.claim, { is: "later", reason: `the Launch process of ${name} is suspended` });
+    else if (!isStaying(group.members.get(item.old)) && (await isUntold(ctx, name, item.old)))
+      verdicts.set(item.claim, { is: "later", reason: `${name} does not tell yet how ${item.old} left` });
     else if (!isStaying(group.members.get(item.old)) && (await howOldLeft(ctx, name, item.old)) === "decremented")
       verdicts.set(item.claim, { is: "not owed", reason: `${item.old} left with decrement` });
     else if (!wanted.some((w) => w.claim === item.claim)) wanted.push(item); // two messages may wait for one claim
@@ -3332,7 +3342,6 @@ async function untie(ctx: Ctx, group: Group): Promise<void> {
     const old = replacedBy(c);
     const isOver = isSettled(c) && keptSince(ctx, c) === undefined && c.tags[TAG.group] === group.name;
     if (!isOver || !old || !isStaying(group.members.get(old))) continue;
-    ctx.state.left.delete(old);
     await ctx.cloud.tag([c.id], tags);
     ctx.state.claims.set(c.id, { ...c, tags: { ...c.tags, ...tags } });
     ctx.deps.log.info(`${old} is in service beside ${c.id}, which replaces nobody any more`, { group: group.name });
@@ -3397,16 +3406,11 @@ async function detachBatch(ctx: Ctx, name: string, items: DetachItem[]): Promise
   return items.map((i) => verdicts.get(i.old) ?? "not ready");
 }
 
-const TOLD_MS = 10_000;
-
 async function detach(ctx: Ctx, work: Work): Promise<Result> {
   const { instance, claim, decrement, group } = work;
   if (work.left) {
     const now = await ctx.cloud.group(group);
-    // Activities lag: until they tell, the tag is an intention, and its group may have ended the old one by itself.
-    if (now && !work.leftMs) work.leftMs = ctx.deps.now();
-    const isUntold = now && (await howOldLeft(ctx, group, instance)) === "decremented" && !ctx.state.left.has(instance);
-    if (isUntold && ctx.deps.now() - (work.leftMs ?? 0) < TOLD_MS) return again("its group does not tell yet how it left", 2_000);
+    if (now && (await isUntold(ctx, group, instance))) return again("its group does not tell yet how it left", 2_000);
     work.log.info(`${instance} has left ${group} already`);
     // A crash between detach and settling: finish it here, where it is known whether the old one was protected.
     // A later notice knows less: the old one was no member any more when it came.
@@ -4900,7 +4904,7 @@ function forget(ctx: Ctx, open: Ec2Instance[]): void {
   const alive = new Set(open.map((c) => c.id));
   for (const map of [ctx.state.outsideSince, ctx.state.actedMs])
     for (const key of map.keys()) if (!alive.has(key.split(" ")[0] ?? "")) map.delete(key);
-  for (const map of [ctx.state.detachSeenMs, ctx.state.deregisteredMs, ctx.state.finishedMs])
+  for (const map of [ctx.state.detachSeenMs, ctx.state.deregisteredMs, ctx.state.finishedMs, ctx.state.untoldMs])
     for (const [key, atMs] of map) if (ctx.deps.now() - atMs > 3_600_000) map.delete(key);
   for (const id of ctx.state.joined) if (!ctx.state.claims.has(id)) ctx.state.joined.delete(id);
   if (ctx.state.left.size > 10_000) ctx.state.left.clear(); // a memory to save calls, no more
@@ -4963,7 +4967,7 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
     const best = old ? winner(rivals.get(old) ?? []) : undefined;
     const stays = old !== undefined && isStaying(group?.members.get(old));
     const inService = group ? [...group.members.values()].filter((m) => m.lifecycleState === "InService") : [];
-    if (stays) ctx.state.left.delete(old); // attached once more
+    if (stays) for (const memory of [ctx.state.left, ctx.state.untoldMs]) memory.delete(old); // attached once more
     const watch = `${claim.id} ${stays}`;
     if (!ctx.state.actedMs.has(watch)) ctx.state.actedMs.set(watch, nowMs);
     const options = ctx.state.groups.get(name)?.options;

@@ -701,3 +701,21 @@ test("one that is in service long after its replacement was settled is owed one 
     expect(s.world.autoscaling.groups.get("web")?.members.size).toBe(4);
   }
 });
+
+test("one that is let go without decrement, while its group's activities lag, does not take its replacement along", async () => {
+  const s = new Stage({ pendingMs: [116_000, 116_000] });
+  const old = first(s.group({ name: "web", min: 1, max: 6, desired: 3 }));
+  await s.start();
+  const { DescribeScalingActivities: describe } = s.world.autoscaling.operations;
+  const lagging = (input: never) => {
+    const answer = describe?.(input, {}) as { Activities: { StartTime: Date }[] };
+    const Activities = answer.Activities.filter((a) => a.StartTime.getTime() < s.clock.now() - 8_000);
+    return { ...answer, Activities };
+  };
+  Object.assign(s.world.autoscaling.operations, { DescribeScalingActivities: lagging });
+  s.world.interrupt(old);
+  const [claim] = await s.until(() => s.openClaims().length > 0, 60).then(() => s.openClaims());
+  await s.until(() => s.world.audit.some((a) => a.what === "attach" && a.ids.includes(claim ?? "")), 180);
+  await s.quiet(3_600);
+  expect(sizes(s)).toEqual([1, 6, 3]);
+});

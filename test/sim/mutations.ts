@@ -154,7 +154,7 @@ export const MUTATIONS: Mutation[] = [
   {
     name: "a replacement's empty volume counts as its data",
     seed: 15,
-    edits: [[/!i\.volumes\[DATA_DEVICE\] && \(await isDataElsewhere\(ctx, i\)\)/, "false"]],
+    edits: [[/!i\.volumes\[DATA_DEVICE\] && \(await isDataElsewhere\(ctx, i, persistence_dev\)\)/, "false"]],
   },
   {
     name: "the replacement of another notice gets the data",
