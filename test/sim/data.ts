@@ -121,8 +121,11 @@ export class DataWatch {
     for (let old = this.#around.oldOf(id); old; old = this.#around.oldOf(old)) first = old;
     return first;
   }
+  #stateOf(id: string) {
+    return this.#around.world.ec2.instances.get(id)?.state;
+  }
   #isLiving(id: string): boolean {
-    const state = this.#around.world.ec2.instances.get(id)?.state;
+    const state = this.#stateOf(id);
     return state === "pending" || state === "running";
   }
   /** One that the operator took out, and that AWS then stopped, is nobody's to end. */
@@ -212,9 +215,11 @@ export class DataWatch {
 
   // --- Calls of daemons, at the moment of their effect -----------------------------------------------------------
 
-  /** A volume that is none of the data, while the data is somewhere. */
+  /** A volume that is none of the data, while the data is somewhere, and not about to go with an instance that ends. */
   #isEmpty(volumeId: string, line: string): boolean {
-    return this.#lineOf.get(volumeId) === undefined && this.#carriers(line).length > 0;
+    const isDoomed = ({ attachment: at }: Volume) =>
+      at?.deleteOnTermination === true && this.#stateOf(at.instanceId) === "shutting-down";
+    return this.#lineOf.get(volumeId) === undefined && !this.#carriers(line).every(isDoomed);
   }
 
   kept({ InstanceId = "", BlockDeviceMappings = [] }: ModifyInstanceAttributeRequest): void {
