@@ -318,8 +318,8 @@ export class Watch {
         expected.above += this.#weightOf(groupName, id);
         expected.resized = true;
       }
-      // One too many that AWS takes before it was ended is substituted, too, and nothing of ours is left to be ended; so
-      // it is where AZRebalance has launched another in its place.
+      // One too many that AWS or the operator takes before it was ended is substituted, too, and nothing of ours is left
+      // to be ended; so it is where AZRebalance has launched another in its place.
       const claim = this.claims.get(id);
       const isOldThere = claim && this.#isMember(claim.old, groupName) && this.#instance(claim.old)?.state === "running";
       const isSurplus = claim && !this.#instance(id)?.tags.has("spotmax:attached") && !isOldThere;
@@ -328,7 +328,7 @@ export class Watch {
       const wasThere = (other: string) => (this.#outOfServiceMs.get(other) ?? 0) > now - SUBSTITUTE_MS;
       const isFollowing = claims.some(wasThere) && !claims.some((other) => this.#isLiving(other));
       const isTaken = isDeath || (what === "terminating" && isBalancing);
-      if (isTaken && this.#actor === "world" && (isSurplus || isFollowing)) {
+      if (isTaken && this.#actor !== "daemon" && (isSurplus || isFollowing)) {
         expected.above += this.#weightOf(groupName, id);
         expected.resized = true;
       }
