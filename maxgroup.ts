@@ -2121,6 +2121,7 @@ async function judge(ctx: Ctx, work: Work, group: Group | undefined): Promise<Re
   const { member, old, group: name } = work;
   const verdict = member ? judgeState(member.lifecycleState) : "leaving";
   if (verdict === "later") return retry(`still ${member?.lifecycleState}`, 5);
+  if (verdict === "go on" && !old && isFresh(ctx, work, BELIEVED_MS)) return retry("EC2 does not show it at the moment", 1);
   if (verdict === "not in service") return skip(`not in service but ${member?.lifecycleState}: nothing to replace`, "info");
   if (verdict === "leaving" || isGone(old)) {
     // What was launched for it is still to be brought to its end.
@@ -2149,6 +2150,7 @@ async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promis
   // Another daemon may have launched it a moment ago.
   const claim = ctx.state.claims.get(work.instance) ?? (await ctx.cloud.instance(work.instance));
   if (!claim && isFresh(ctx, work, 30_000)) return retry("EC2 does not show it yet", 5);
+  if (claim && isSettled(claim) && isFresh(ctx, work, 30_000)) return retry("its group does not show it yet", 5);
   if (!claim || !(TAG.replaces in claim.tags) || isSettled(claim) || !isLiving(claim)) return skip("in no group: not ours");
   if (!(TAG.lost in claim.tags)) {
     remember(ctx, "spot", claim.type, claim.zone, "reclaimed");
@@ -2933,7 +2935,8 @@ function lostClaim(ctx: Ctx, work: Work, claim: Ec2Instance | undefined): Result
 // Attach before detach, so desired passes through one more. Where the maximum is in the way it is recorded in a
 // tag on the group and raised; the instance manager puts it back. Old and new are read once more right before.
 
-type AttachItem = { claim: string; old: string; weight: number };
+/** Nobody knows the weight for which an old one stood that has left. */
+type AttachItem = { claim: string; old: string; weight: number | undefined };
 type AttachVerdict =
   | { is: "attached" }
   | { is: "lost" }
@@ -3071,11 +3074,12 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
   for (let rounds = 0; group && wanted.length; rounds++) {
     const ids = wanted.map((i) => i.claim);
     const attached = (id: string) => verdicts.set(id, { is: "attached" });
+    const most = Math.max(1, ...[...group.overrides, ...group.members.values()].map((w) => w.weight));
     try {
       await raiseMaximum(
         ctx,
         group,
-        wanted.reduce((sum, i) => sum + i.weight, 0),
+        wanted.reduce((sum, i) => sum + (i.weight ?? most), 0),
       );
       await aws(ctx, `attaching ${ids.join(" ")} to ${name}`, (o) =>
         ctx.deps.autoScaling.send(new AttachInstancesCommand({ AutoScalingGroupName: name, InstanceIds: ids }), o),
@@ -3130,7 +3134,7 @@ async function attach(ctx: Ctx, work: Work): Promise<Result> {
     return again(`${best.id} wins over ${claim}`, 0);
   }
   if (best && isSettled(best)) return done;
-  const verdict = await lane(ctx, work.group).attach({ claim, old: work.instance, weight: work.member?.weight ?? 1 });
+  const verdict = await lane(ctx, work.group).attach({ claim, old: work.instance, weight: work.member?.weight });
   switch (verdict.is) {
     case "attached":
       work.log.info(`attached ${claim} to ${work.group}`, { replacement: claim });
@@ -3464,6 +3468,7 @@ const BELIEVED_MS = 5 * 60_000;
 async function terminate(ctx: Ctx, work: Work): Promise<Result> {
   const { instance, group } = work;
   const [old, member] = await Promise.all([ctx.cloud.instance(instance), ctx.cloud.member(instance)]);
+  if (!old && isFresh(ctx, work, BELIEVED_MS)) return retry("EC2 does not show it at the moment", 30);
   if (isGone(old)) {
     work.log.info(`${instance} is ${old?.state ?? "gone"}`);
     return done;

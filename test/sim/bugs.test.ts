@@ -719,3 +719,62 @@ test("one that is let go without decrement, while its group's activities lag, do
   await s.quiet(3_600);
   expect(sizes(s)).toEqual([1, 6, 3]);
 });
+
+test("a notice of a replacement just settled, which its group does not show yet as a member, is not dropped", async () => {
+  for (let seed = 1; seed <= 12; seed++) {
+    const s = new Stage({ seed, staleMs: 12_000, attachMs: [1_000, 1_000] });
+    const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 0 }));
+    await s.start();
+    s.world.interrupt(old);
+    const settled = () => [...s.world.ec2.instances.values()].find((i) => i.tags.has("spotmax:attached"))?.id;
+    await s.until(() => settled() !== undefined, 120);
+    const claim = settled() ?? "";
+    s.world.interrupt(claim);
+    await s.quiet(3_600);
+    const next = [...s.world.ec2.instances.values()].filter((i) => i.tags.get("spotmax:replaces") === claim);
+    expect([seed, next.length, s.least("web")]).toEqual([seed, 1, 3]);
+  }
+});
+
+test("a weighted replacement whose old one has left meanwhile finds room below a maximum that is no multiple", async () => {
+  const s = new Stage();
+  const weights = { "m5.large": 2, "m5a.large": 2, "m4.large": 2 };
+  const old = first(s.group({ name: "web", min: 2, max: 7, desired: 6, weights }));
+  const daemon = await s.start();
+  s.world.interrupt(old);
+  await s.until(() => s.openClaims().length === 1, 60);
+  daemon.kill();
+  const [claim = ""] = s.openClaims();
+  await s.call("ec2", "TerminateInstances", { InstanceIds: [old] });
+  await s.until(() => s.world.instance(old).group === undefined, 120);
+  await s.start();
+  const attached = () => s.world.audit.some((a) => a.what === "attach" && a.ids.includes(claim));
+  await s.until(attached, 120);
+  await s.quiet(3_600);
+  expect(sizes(s)).toEqual([2, 7, 6]);
+});
+
+test("one that EC2 does not show for a moment is neither taken for gone nor left running", async () => {
+  for (const notice of ["interrupt", "rebalance"] as const) {
+    const s = new Stage();
+    const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));
+    await s.start();
+    let hiddenUntilMs = s.clock.now() + 5_000;
+    const { DescribeInstances: describe } = s.world.ec2.operations;
+    const lagging = (input: never) => {
+      const answer = describe?.(input, {}) as { Reservations: { Instances: { InstanceId: string }[] }[] };
+      if (s.clock.now() > hiddenUntilMs) return answer;
+      const Reservations = answer.Reservations.filter((r) => !r.Instances.some((i) => i.InstanceId === old));
+      return { ...answer, Reservations };
+    };
+    Object.assign(s.world.ec2.operations, { DescribeInstances: lagging });
+    s.world[notice](old, { withoutReclaim: true });
+    await s.until(() => s.world.audit.some((a) => a.what === "detach"), 600);
+    await s.until(() => s.world.queueDepth(s.queues.termination).delayed > 0, 60);
+    await s.until(() => s.world.queueDepth(s.queues.termination).delayed === 0, 600);
+    hiddenUntilMs = s.clock.now() + 5_000;
+    await s.quiet();
+    s.check([old], { web: [3, 5, 3] });
+    expect([notice, s.world.instance(old).state]).not.toEqual([notice, "running"]);
+  }
+});
