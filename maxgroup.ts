@@ -3226,8 +3226,13 @@ async function standingOf(ctx: Ctx, group: Group, claim: Ec2Instance): Promise<S
  * Who takes an old instance's place: its living claim; where that one has died, the claim's own replacement, or
  * the substitute that the group launched for it (desired still counts the dead one).
  */
-async function standIn(ctx: Ctx, group: Group, old: string, depth = 0): Promise<{ claim?: Ec2Instance; standing: Standing }> {
-  const { claim, gone } = await claimOn(ctx, old);
+async function standIn(
+  ctx: Ctx,
+  group: Group,
+  old: string,
+  { of = old, depth = 0 } = {},
+): Promise<{ claim?: Ec2Instance; standing: Standing }> {
+  const { claim, gone } = await claimOn(ctx, of);
   if (claim) return { claim, standing: await standingOf(ctx, group, claim) };
   for (const dead of depth < 5 ? gone : []) {
     if (isUnnoticed(group.members.get(dead.id))) return { standing: "joining" }; // the group has not noticed yet that it is to substitute it
@@ -3236,7 +3241,7 @@ async function standIn(ctx: Ctx, group: Group, old: string, depth = 0): Promise<
       const weight = group.members.get(old)?.weight ?? 1;
       return { standing: others.reduce((sum, m) => sum + m.weight, 0) >= group.desired - weight ? "healthy" : "joining" };
     }
-    const { standing } = await standIn(ctx, group, dead.id, depth + 1);
+    const { standing } = await standIn(ctx, group, old, { of: dead.id, depth: depth + 1 });
     if (standing !== "none") return { standing };
   }
   return { standing: "none" };

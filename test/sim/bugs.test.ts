@@ -778,3 +778,27 @@ test("one that EC2 does not show for a moment is neither taken for gone nor left
     expect([notice, s.world.instance(old).state]).not.toEqual([notice, "running"]);
   }
 });
+
+test("where the last of a chain has died, its group's substitute is to serve before the first old one goes", async () => {
+  const s = new Stage({ pendingMs: [6_000, 6_000] });
+  const old = first(s.group({ name: "web", min: 1, max: 9, desired: 3 }, { detaching_delay_seconds: 0 }));
+  await s.start();
+  let isHeld = true;
+  s.world.intercept = ({ operation, input }) =>
+    isHeld && operation === "DetachInstances" && (input as { InstanceIds: string[] }).InstanceIds.includes(old)
+      ? { before: new AwsError("ResourceContention", "busy", 500) }
+      : undefined;
+  s.world.interrupt(old, { withoutReclaim: true });
+  const one = await inService(s);
+  s.world.interrupt(one, { withoutReclaim: true });
+  const members = s.world.autoscaling.groups.get("web")?.members;
+  await s.until(() => !members?.has(one), 90);
+  const two = await inService(s, [one]);
+  s.world.delays.pendingMs = [25_000, 25_000];
+  await s.call("ec2", "TerminateInstances", { InstanceIds: [two] });
+  await s.until(() => !members?.has(two), 60);
+  isHeld = false;
+  await s.until(() => !members?.has(old), 90);
+  const inServiceNow = [...(members?.values() ?? [])].filter(({ state }) => state === "InService");
+  expect(inServiceNow).toHaveLength(3);
+});
