@@ -3095,6 +3095,8 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
       const blamed = named(error).filter((id) => ids.includes(id));
       // An answer was lost: AWS knows it as a member, whatever a describe that lags behind says.
       if (ALREADY_IN.exec(text)?.[1] === name) for (const id of ids.length === 1 ? ids : blamed) attached(id);
+      // A describe that lags may show room for as long: that is no fault of the instances.
+      if (OVER_LIMIT.test(text)) for (const id of ids) if (!verdicts.has(id)) verdicts.set(id, { is: "later", reason: text });
       const refused = ids.length === 1 ? ids : blamed.length < ids.length ? blamed : [];
       for (const id of refused) ctx.state.joined.delete(id);
       for (const id of refused) if (!verdicts.has(id)) verdicts.set(id, { is: "refused", reason: text });

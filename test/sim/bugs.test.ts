@@ -802,3 +802,24 @@ test("where the last of a chain has died, its group's substitute is to serve bef
   const inServiceNow = [...(members?.values() ?? [])].filter(({ state }) => state === "InService");
   expect(inServiceNow).toHaveLength(3);
 });
+
+test("a maximum that somebody has just lowered, and that a describe shows as it was, ends no replacement", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 3, max: 9, desired: 3 }));
+  await s.start();
+  s.world.interrupt(old);
+  await s.until(() => s.openClaims().some((id) => s.world.instance(id).state === "running"), 60);
+  const [claim = ""] = s.openClaims();
+  await s.call("autoscaling", "UpdateAutoScalingGroup", { AutoScalingGroupName: "web", MaxSize: 3 });
+  const untilMs = s.clock.now() + 5_000;
+  const { DescribeAutoScalingGroups: describe } = s.world.autoscaling.operations;
+  const lagging = (input: never) => {
+    const answer = describe?.(input, {}) as { AutoScalingGroups: { MaxSize: number }[] };
+    if (s.clock.now() < untilMs) for (const g of answer.AutoScalingGroups) g.MaxSize = 9;
+    return answer;
+  };
+  Object.assign(s.world.autoscaling.operations, { DescribeAutoScalingGroups: lagging });
+  await s.quiet(3_600);
+  expect(s.world.instance(claim).group).toBe("web");
+  s.check([old], { web: [3, 3, 3] });
+});
