@@ -2084,7 +2084,7 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   const name = member?.group ?? (notice.carried?.group || claimGroup(ctx, instance));
   const known = name ? ctx.state.groups.get(name) : undefined;
   // What was begun is finished in its own group, and nowhere else.
-  const isBegun = notice.carried?.group === name;
+  const isBegun = work.group === name;
   if (!name || !(known || isBegun)) return foreign(ctx, work, member);
   work.options = notice.carried?.options ?? known?.options ?? work.options;
   work.log = ctx.deps.log.with({ group: name, instance, notice: notice.id });

@@ -823,3 +823,20 @@ test("a maximum that somebody has just lowered, and that a describe shows as it 
   expect(s.world.instance(claim).group).toBe("web");
   s.check([old], { web: [3, 3, 3] });
 });
+
+test("a notice in hand goes up the ladder again, though its group has left the configuration since", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }));
+  s.group({ name: "api", ...three });
+  const daemon = await s.start();
+  let deaths = 0;
+  s.world.ec2.dieWhilePending = () =>
+    ++deaths === 1 ? { Code: "Client.InternalError", Message: "Client error on launch" } : undefined;
+  s.world.interrupt(old);
+  await s.until(() => s.openClaims().length === 1, 30);
+  delete s.groups.web;
+  daemon.ctx.state.config = s.config();
+  void maxgroup.checkGroups(daemon.ctx);
+  await s.quiet(3_600);
+  s.check([old], { web: [3, 5, 3] }, { launches: 2 });
+});
