@@ -2090,8 +2090,11 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   work.log = ctx.deps.log.with({ group: name, instance, notice: notice.id });
   const row = NOTICES[notice.type];
   if (row?.option && !work.options[row.option]) return skip(`${notice.type}: ${row.option} is off`);
-  if (known?.broken && !notice.carried)
-    return retry(`group ${name} is left out at the moment: ${known.broken}`, row?.deadlineSeconds ? 10 : 300);
+  // Whatever stands in the way of a launch, the data is kept as long as its instance goes.
+  const isAtRisk = row?.deadlineSeconds !== undefined && hasVolume(work);
+  const leftOut = notice.carried ? undefined : known?.broken;
+  if (leftOut && isAtRisk) await protectVolume(ctx, { ...work, group: name });
+  if (leftOut) return retry(`group ${name} is left out at the moment: ${leftOut}`, row?.deadlineSeconds ? 10 : 300);
   work.group = name;
   work.member = member;
 
@@ -2104,7 +2107,9 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   // Where nobody can tell any more (it has just left), it was as its group has them.
   if (isOurs || (!member && !notice.carried)) work.oldProtected = group?.protectsNew ?? false;
   const fault = await judge(ctx, work, group);
-  if (fault) return fault.is === "skip" && row?.deadlineSeconds && hasVolume(work) ? keepData(ctx, work, fault) : fault;
+  if (fault?.is === "skip" && isAtRisk) return keepData(ctx, work, fault);
+  if (fault && isAtRisk) await protectVolume(ctx, work);
+  if (fault) return fault;
 
   if (row?.deadlineSeconds === undefined) return admit(ctx, work, old);
   const first = work.deadlineMs === undefined;

@@ -672,3 +672,25 @@ test("a replacement interrupted before its old one's data is kept hands no empty
   await s.quiet(7_200);
   expect([ownerOf(s, data), stateOf(s, empty) ?? "deleted"]).toEqual([`${claimOf(s, second)} /dev/sdz`, "deleted"]);
 });
+
+test("the data is kept in a group that is left out, and where the launch of a replacement waits", async () => {
+  for (const why of ["left out", "suspended"]) {
+    const s = new Stage();
+    const group = fleet({ launchConfiguration: why === "left out" });
+    const old = first(s.group(group, { ...options, is_to_handle_rebalance_event: true }));
+    const data = volumeAt(s, old, DEVICE);
+    s.spawn();
+    await s.seconds(10);
+    if (why === "suspended") {
+      s.world.rebalance(old);
+      await s.until(() => s.openClaims().length > 0, 60);
+      await s.call("autoscaling", "SuspendProcesses", { AutoScalingGroupName: "db", ScalingProcesses: ["Launch"] });
+    }
+    s.world.interrupt(old);
+    await s.until(() => s.world.instance(old).state === "terminated", 300);
+    await s.seconds(60);
+    expect([why, stateOf(s, data), tagOf(s, data)]).toEqual([why, "available", old]);
+    await s.seconds(2_400);
+    expect([why, warnings(s, `aws ec2 attach-volume --volume-id ${data}`).length > 0]).toEqual([why, true]);
+  }
+});
