@@ -4941,6 +4941,8 @@ export function judgeClaim(x: {
   ageMs: number;
   old: "staying" | HowLeft;
   watchedMs: number;
+  /** So long the detach message may be with a daemon that has died. */
+  messageMs: number;
   membersInService: number;
   desired: number;
   patienceMs: number;
@@ -4952,19 +4954,20 @@ export function judgeClaim(x: {
     return x.ageMs > LEAK_MS ? "end outside" : "leave";
   }
   if (!x.isWinner) return x.winnerInService ? "end member" : "leave";
-  if (/Standby/.test(x.member.lifecycleState) && x.old !== "staying") return x.watchedMs < 60_000 ? "leave" : "settle";
+  if (/Standby/.test(x.member.lifecycleState) && x.old !== "staying") return x.watchedMs < x.messageMs ? "leave" : "settle";
   if (x.member.lifecycleState !== "InService") return "leave";
   if (x.old === "staying") return x.ageMs > LEAK_MS + x.patienceMs ? "remind" : "leave";
   // A surplus that is itself lost meanwhile leaves desired one too high: it goes as soon as a second look confirms it.
   if (x.old === "substituted") return x.watchedMs >= 10_000 && x.membersInService >= x.desired ? "end member" : "leave";
   // The detach message settles its own claim, and knows whether the old one was protected: it comes first.
-  if (x.watchedMs < 60_000) return "leave";
+  if (x.watchedMs < x.messageMs) return "leave";
   if (x.old === "decremented") return "settle";
   return x.watchedMs > LEAK_MS ? "settle" : "leave"; // nobody knows how it left: what is there stays
 }
 
 async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
   const nowMs = ctx.deps.now();
+  const { visibility_timeout_seconds } = ctx.state.config.global.detach_evt_sqs;
   const seen = await Promise.all(
     open.map(async (claim) => {
       // Nearly all are members of their own group, which shows them: one call for fifty groups.
@@ -4997,6 +5000,7 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       ageMs: cloudNow(ctx) - claim.launchedMs,
       old: fate,
       watchedMs: nowMs - (ctx.state.actedMs.get(watch) ?? nowMs),
+      messageMs: Math.min(LEAK_MS, (visibility_timeout_seconds + 2 * LEASE_SECONDS) * 1000),
       membersInService: inService.reduce((sum, m) => sum + m.weight, 0),
       desired: group?.desired ?? 0,
       patienceMs: options ? patienceMsOf(options) : Number.POSITIVE_INFINITY,

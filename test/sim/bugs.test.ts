@@ -840,3 +840,27 @@ test("a notice in hand goes up the ladder again, though its group has left the c
   await s.quiet(3_600);
   s.check([old], { web: [3, 5, 3] }, { launches: 2 });
 });
+
+test("a daemon that dies right after its detach leaves it to the message, which knows that the old one was protected", async () => {
+  for (const visibility_timeout_seconds of [61, 200]) {
+    const s = new Stage();
+    const old = first(s.group({ name: "web", ...three }));
+    const on = { AutoScalingGroupName: "web", InstanceIds: [old], ProtectedFromScaleIn: true };
+    await s.call("autoscaling", "SetInstanceProtection", on);
+    const config = s.config();
+    config.global.detach_evt_sqs.visibility_timeout_seconds = visibility_timeout_seconds;
+    const daemon = await s.start({ config });
+    s.world.intercept = ({ operation }) => {
+      if (operation === "DetachInstances") daemon.kill();
+      return undefined;
+    };
+    s.world.interrupt(old);
+    await s.until(() => s.world.audit.some((a) => a.what === "detach"), 300);
+    s.world.intercept = undefined;
+    const claim = first(s.openClaims());
+    await s.start({ config });
+    await s.quiet(3_600);
+    const isProtected = s.world.autoscaling.groups.get("web")?.members.get(claim)?.protected;
+    expect([visibility_timeout_seconds, isProtected]).toEqual([visibility_timeout_seconds, true]);
+  }
+});

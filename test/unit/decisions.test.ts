@@ -241,6 +241,7 @@ describe("what becomes of an unsettled claim", () => {
     ageMs: 5 * minute,
     old: "staying" as const,
     watchedMs: 5 * minute,
+    messageMs: 1.5 * minute,
     membersInService: 4,
     desired: 5,
     patienceMs: 2 * minute,

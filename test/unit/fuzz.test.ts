@@ -623,6 +623,7 @@ describe("AWS's answers", () => {
           ageMs: fc.oneof(ms, fc.constant(Number.NaN)), // a launch time that is no time
           old: fc.constantFrom("staying", "decremented", "substituted", "unknown"),
           watchedMs: ms,
+          messageMs: ms,
           membersInService: fc.nat(10),
           desired: fc.nat(10),
           patienceMs: fc.nat(600_000),
