@@ -3266,6 +3266,7 @@ function lapse(ctx: Ctx, work: Work): void {
 /** Without a hard deadline, and without a replacement. */
 function claimGone(ctx: Ctx, work: Work): Result {
   if (isFresh(ctx, work, BELIEVED_MS)) return retry("its replacement is gone, or not to be seen yet", 30);
+  sayConsulLeft(ctx, work);
   return skip("its replacement is gone: the old one stays", "warn");
 }
 
@@ -3457,6 +3458,7 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
       if (work.deadlineMs === undefined) {
         // Its owner wants as many as there are: both stay.
         if (claim) await settle(ctx, group, [{ id: claim, keepProtected: work.oldProtected }]);
+        sayConsulLeft(ctx, work);
         return skip(`the minimum of ${group} refuses the decrement: ${instance} stays beside its replacement`, "warn");
       }
       work.refused = true;
@@ -4646,15 +4648,17 @@ async function releaseNode(ctx: Ctx, cluster: Cluster, node: KubeNode): Promise<
   const { mark } = node;
   if (!mark) return;
   const { instance } = mark;
-  const isDue = (lifecycleState: string | undefined) =>
+  const isDue = (lifecycleState: string | undefined, hasOpenClaim: boolean) =>
     isUntrue({
       nowMs: cloudNow(ctx),
       mark,
       lifecycleState,
       isInHand: [...ctx.state.inHand.values()].some((w) => w.instance === instance),
-      hasOpenClaim: [...ctx.state.claims.values()].some((c) => replacedBy(c) === instance && isLiving(c) && !isSettled(c)),
+      hasOpenClaim,
     });
-  if (!isDue("InService") || !isDue((await ctx.cloud.member(instance))?.lifecycleState)) return;
+  if (!isDue("InService", false)) return;
+  const [member, claim] = await Promise.all([ctx.cloud.member(instance), standsFor(ctx, instance)]);
+  if (!isDue(member?.lifecycleState, claim !== undefined && !isSettled(claim))) return;
   // As it was listed: whoever has marked it anew since is not undone.
   const ask = { method: "PATCH", path: `/api/v1/nodes/${node.name}`, body: uncordonPatch(node) };
   const { status: code } = await kube(ctx, cluster, `uncordoning ${node.name}`, ask, { also: [404, 409] });
@@ -4782,6 +4786,12 @@ async function deregister(ctx: Ctx, work: Work): Promise<Result> {
   const spareMs = work.deadlineMs === undefined ? CONSUL_MS : work.deadlineMs - 5_000 - cloudNow(ctx);
   if (spareMs > 0) await Promise.race([asked, pause(ctx, Math.min(CONSUL_MS, spareMs))]);
   return done;
+}
+
+/** Of one that stays after all. */
+function sayConsulLeft({ state }: Ctx, { instance, log }: Work): void {
+  if (state.deregisteredMs.has(instance))
+    log.warn(`the services of ${instance} have left Consul, and it stays: end its agent's maintenance mode, register them again`);
 }
 
 /** Takes all services of the old instance's agent out of Consul. Throws what went wrong, as one line. */

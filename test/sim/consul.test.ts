@@ -272,3 +272,14 @@ test("killed at every step of it, the next daemon ends what was begun", async ()
   }
   expect(asks).toBeGreaterThan(4);
 });
+
+test("one that stays although its services have left Consul already is named, for nobody else will bring them back", async () => {
+  const { s, old, agents, address } = fleet({}, { ...options, is_to_handle_rebalance_event: true });
+  await s.start();
+  s.world.rebalance(old);
+  // Its owner raises the minimum in the second of the detach.
+  atDetach(s, () => Object.assign(s.world.autoscaling.groups.get("web") ?? {}, { min: 4 }));
+  await s.quiet();
+  expect([s.world.instance(old).group, agents.services.get(address)?.size]).toEqual(["web", 0]);
+  expect(warnings(s)).toEqual([expect.stringContaining(`the services of ${old} have left Consul`)]);
+});

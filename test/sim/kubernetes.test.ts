@@ -328,3 +328,16 @@ test("a replacement whose node never joins is waited for five minutes after the 
   await s.quiet();
   s.check([old], { web: [3, 5, 3] });
 });
+
+test("a node that waits for its drain stays cordoned while its replacement's own replacement stands for it", async () => {
+  const { s, kube, old, claim } = scene({ is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 1_800 });
+  await s.start();
+  s.world.rebalance(old);
+  await s.until(() => MARK in kube.node(old).annotations, 120);
+  s.world.interrupt(claim());
+  await s.seconds(1_500);
+  expect([s.world.instance(old).group, kube.node(old).spec.unschedulable]).toEqual(["web", true]);
+  expect(kube.changes.filter(({ what }) => what.startsWith("uncordon"))).toEqual([]);
+  await s.quiet(3_600);
+  s.check([], { web: [3, 5, 3] }, { launches: 2 });
+});
