@@ -2510,11 +2510,15 @@ async function launch(ctx: Ctx, work: Work): Promise<Result> {
 
 /** A dead one that its group still has as a member; one that we let go may drain for minutes, and is substituted by nobody. */
 const isUnnoticed = (member: Member | undefined) => member !== undefined && !/^Detach/.test(member.lifecycleState);
-/** Desired counts a claim that died as a member, so the group's own substitute for it stands in for the old one as well. */
+/**
+ * Desired counts a claim that died as a member, so the group's own substitute for it stands in for the old one as well;
+ * unless it was settled: then each is a member in its own right.
+ */
 async function isSubstituted(ctx: Ctx, { instance, group: name }: Work): Promise<boolean> {
   const { claim, gone } = await claimOn(ctx, instance);
-  const group = !claim && gone.length ? await ctx.cloud.group(name) : undefined;
-  for (const { id } of group ? gone : [])
+  const open = claim ? [] : gone.filter((c) => !isSettled(c));
+  const group = open.length ? await ctx.cloud.group(name) : undefined;
+  for (const { id } of group ? open : [])
     if (isUnnoticed(group?.members.get(id)) || (await howOldLeft(ctx, name, id)) === "substituted") return true;
   return false;
 }
@@ -2535,8 +2539,10 @@ async function climb(ctx: Ctx, work: Work): Promise<string | Result | undefined>
     const isHere = pass === 0 || isStaying((await ctx.cloud.group(work.group))?.members.get(work.instance));
     for (; ; work.rung++) {
       // Before a crash, by another daemon, or under a token that came back as a mismatch.
-      if (await isSubstituted(ctx, work))
+      if (await isSubstituted(ctx, work)) {
+        await sendDetachMessage(ctx, work); // whoever attached it may have died before that
         return skip("its replacement died as a member, and the group substitutes that one by itself: none is launched", "info");
+      }
       const claim = await standsFor(ctx, work.instance);
       if (claim && !(await isLost(ctx, claim))) {
         work.log.info(`${claim.id} was launched before for ${replacedBy(claim)}: going on with it`);
@@ -3241,7 +3247,7 @@ async function standIn(
 ): Promise<{ claim?: Ec2Instance; standing: Standing }> {
   const { claim, gone } = await claimOn(ctx, of);
   if (claim) return { claim, standing: await standingOf(ctx, group, claim) };
-  for (const dead of depth < 5 ? gone : []) {
+  for (const dead of depth < 5 ? gone.filter((c) => !isSettled(c)) : []) {
     if (isUnnoticed(group.members.get(dead.id))) return { standing: "joining" }; // the group has not noticed yet that it is to substitute it
     if ((await howOldLeft(ctx, group.name, dead.id)) === "substituted") {
       const others = [...group.members.values()].filter((m) => m.id !== old && m.lifecycleState === "InService");

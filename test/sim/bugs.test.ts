@@ -864,3 +864,38 @@ test("a daemon that dies right after its detach leaves it to the message, which 
     expect([visibility_timeout_seconds, isProtected]).toEqual([visibility_timeout_seconds, true]);
   }
 });
+
+test("a daemon dies after its attach, and the replacement before the next one comes: the old one goes all the same", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 1, max: 6, desired: 3 }, { is_to_handle_rebalance_event: true }));
+  const daemon = await s.start();
+  s.world.rebalance(old);
+  await s.until(() => s.world.audit.some((a) => a.what === "attach"), 60);
+  daemon.kill();
+  const claim = first(s.openClaims());
+  await s.until(() => s.world.autoscaling.groups.get("web")?.members.get(claim)?.state === "InService", 60);
+  s.world.ec2.terminate(s.world.instance(claim), "Client.UserInitiatedShutdown: by hand");
+  await s.seconds(5);
+  await s.start();
+  await s.quiet(3_600);
+  await s.seconds(900);
+  expect(sizes(s)).toEqual([1, 6, 3]);
+});
+
+test("a settled replacement that died, and was substituted, stands for nobody beside whom it stayed", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 1, max: 9, desired: 3 }, { is_to_handle_rebalance_event: true }));
+  await s.start();
+  s.world.rebalance(old);
+  const claim = await inService(s);
+  const setMinimum = (MinSize: number) =>
+    s.call("autoscaling", "UpdateAutoScalingGroup", { AutoScalingGroupName: "web", MinSize });
+  await setMinimum(4);
+  await s.until(() => s.world.instance(claim).tags.has("spotmax:attached"), 3_600);
+  s.world.ec2.terminate(s.world.instance(claim), "Client.UserInitiatedShutdown: by hand");
+  await s.seconds(300);
+  await setMinimum(1);
+  s.world.interrupt(old);
+  await s.quiet(3_600);
+  expect([sizes(s), s.world.autoscaling.groups.get("web")?.members.size]).toEqual([[1, 9, 4], 4]);
+});
