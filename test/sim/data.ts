@@ -62,7 +62,8 @@ export class DataWatch {
   /** All that was written in a line, in order; empty once its data is gone. */
   readonly #written = new Map<string, string[]>();
   readonly #notices = new Map<string, HardNotice>();
-  readonly #kept = new Set<string>();
+  /** When it was kept, or made or attached by a daemon. */
+  readonly #kept = new Map<string, number>();
   readonly #copies = new Map<string, string>();
   readonly #endedByUs = new Set<string>();
   /** Their guests write no more. */
@@ -231,7 +232,7 @@ export class DataWatch {
         this.#around.find(`${volume.id} of ${InstanceId}, which is not our business, was kept`);
       else if (this.#isEmpty(volume.id, this.#line(InstanceId)))
         this.#around.find(`${volume.id}, the empty volume at ${DeviceName} of ${InstanceId}, was kept`);
-      this.#kept.add(volume.id);
+      this.#kept.set(volume.id, this.#kept.get(volume.id) ?? this.#now());
     }
   }
 
@@ -248,7 +249,7 @@ export class DataWatch {
     else if (own !== undefined && !this.#isComplete(volume)) this.#around.find(`${what}, and is older than the data of ${line}`);
     if (!volume.content.clean) this.#around.find(`${what}, and was taken from under a running guest`);
     this.#tagged(volume, what);
-    this.#kept.add(VolumeId);
+    this.#kept.set(VolumeId, this.#kept.get(VolumeId) ?? this.#now());
   }
   #tagged({ id, tags }: Pick<Volume, "id" | "tags">, what: string): void {
     for (const key of ["spotmax:group", "spotmax:volume"])
@@ -293,7 +294,7 @@ export class DataWatch {
       if (!/^(aws|spotmax):/.test(key) && copy.tags.get(key) !== value) this.#around.find(`${what} has lost the tag ${key}`);
     this.#lineOf.set(id, line);
     this.#copies.set(id, source.id);
-    this.#kept.add(id);
+    this.#kept.set(id, this.#now());
   }
 
   /** Returns whether the tags are on a volume or snapshot: who may tag instances is another's matter. */
@@ -315,6 +316,12 @@ export class DataWatch {
 
   // --- When all is quiet -----------------------------------------------------------------------------------------
 
+  /** Kept by a daemon that died at that moment, before it was tagged: once its instance has gone nobody can tell whose it is. */
+  #isNameless({ id, tags }: Volume): boolean {
+    const keptMs = this.#kept.get(id);
+    return keptMs !== undefined && !tags.has("spotmax:volume") && this.#deafMs.some((ms) => Math.abs(ms - keptMs) < 30_000);
+  }
+
   /** `lines` is what the daemons have logged. */
   unrest(lines: readonly string[]): string | undefined {
     let said: string | undefined;
@@ -325,7 +332,8 @@ export class DataWatch {
       if (at && (at.state !== "attached" || !(this.#isLiving(at.instanceId) || this.#isStopped(at.instanceId))))
         return `${id} is ${at.state} at ${at.instanceId}`;
       said ??= warningsIn(lines);
-      if (!volume.attachment && !said.includes(id)) return `${id} is ${volume.state}, and no warning says so`;
+      if (!volume.attachment && !said.includes(id) && !this.#isNameless(volume))
+        return `${id} is ${volume.state}, and no warning says so`;
     }
     return undefined;
   }
@@ -358,6 +366,7 @@ export class DataWatch {
     const isOurs = this.#kept.has(id) || tags.has("spotmax:volume");
     if (!attachment) {
       if (state !== "available") wrong(`is ${state}`);
+      if (this.#isNameless(volume)) return "left";
       for (const key of ["spotmax:group", "spotmax:volume"]) if (!tags.has(key)) wrong(`is left without ${key}`);
       // Whose data goes on in a copy must not be taken for the newest, by people or by a late message.
       const copies = [...this.#copies].flatMap(([copy, source]) => (source === id ? [copy] : []));
