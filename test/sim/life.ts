@@ -149,7 +149,7 @@ export interface Outcome {
 
 const MINUTE = 60_000;
 /** Preaction goes on by itself: as members grow an hour old, one after the other. */
-const REST_MINUTES = { usual: 90, preaction: 240 };
+const REST_MINUTES = { usual: 90, unhurried: 240 };
 const STEP_MS = 5_000;
 const BUCKET = "config";
 /** How many times as often calls fail in a storm. */
@@ -301,8 +301,9 @@ class Life {
     const { clock } = this.#stage;
     // Fallbacks go back to spot one after the other, with all the delays of their group.
     const fallbacks = [...this.#stage.world.ec2.instances.values()].filter((i) => i.tags.has("spotmax:fallback") && i.group);
-    const { preaction, usual } = REST_MINUTES;
-    const restMinutes = (this.#features.has("preaction") ? preaction : usual) + 30 * fallbacks.length;
+    // So do those without a hard deadline, one at a time.
+    const isUnhurried = (["preaction", "rebalance", "health"] as const).some((name) => this.#features.has(name));
+    const restMinutes = REST_MINUTES[isUnhurried ? "unhurried" : "usual"] + 30 * fallbacks.length;
     const endMs = clock.now() + restMinutes * MINUTE;
     let calmSteps = 0;
     for (let why: string | undefined = "not looked yet"; ; ) {
