@@ -1413,7 +1413,7 @@ const newState = (config: Config) => ({
   left: new Map<string, HowLeft>(),
   /** Since when they do not tell of one that we let go. */
   untoldMs: new Map<string, number>(),
-  /** When a detach message for an old instance was last in hand here. */
+  /** When a detach message for an old instance was last in hand here, or sent by the instance manager. */
   detachSeenMs: new Map<string, number>(),
   /** When the agents of old instances were asked to let their services go: once, whatever came of it. */
   deregisteredMs: new Map<string, number>(),
@@ -4912,6 +4912,7 @@ async function managerPass(ctx: Ctx): Promise<boolean> {
     if (!isLiving(c)) state.claims.delete(c.id);
   }
   const open = [...state.claims.values()].filter((c) => !isSettled(c));
+  await part("heirs", () => inherit(ctx, shown), undefined);
   await part("claims", () => settleClaims(ctx, open), undefined);
   // Of groups that have left the configuration as well: what was raised is put back.
   const names = new Set([...state.groups.keys(), ...shown.map((c) => c.tags[TAG.group] ?? "")]);
@@ -4980,6 +4981,32 @@ export function judgeClaim(x: {
   if (x.old === "decremented") return "settle";
   return x.watchedMs > LEAK_MS ? "settle" : "leave"; // nobody knows how it left: what is there stays
 }
+
+/**
+ * AWS forgets an instance an hour after its end, and with it whom that one was to replace; but the first one's way out
+ * may be a matter of days. By then its own replacement takes that over, as long as no data of it is to be moved; where
+ * its group has substituted it, nobody can take it over, and the first one goes at once.
+ */
+async function inherit(ctx: Ctx, shown: Ec2Instance[]): Promise<void> {
+  for (const ended of shown) {
+    const first = replacedBy(ended);
+    const isOver = ended.state === "terminated" && !isSettled(ended) && cloudNow(ctx) - ended.launchedMs > INHERIT_MS;
+    const group = isOver && first ? await groupOf(ctx, ended.tags[TAG.group] ?? "") : undefined;
+    if (!group || !first) continue;
+    const how = await howOldLeft(ctx, group.name, ended.id);
+    const [heir, other] = [ended.id, first].map((old) =>
+      [...ctx.state.claims.values()].find((c) => replacedBy(c) === old && isLiving(c) && !isSettled(c)),
+    );
+    if (how === "decremented" && heir && !(await ctx.cloud.volumesOf(ended.id))?.length) {
+      const tags = { [TAG.replaces]: first };
+      await ctx.cloud.tag([heir.id], tags);
+      ctx.state.claims.set(heir.id, { ...heir, tags: { ...heir.tags, ...tags } });
+    }
+    if (how === "substituted" && !other && isStaying(group.members.get(first)) && ctx.state.groups.has(group.name))
+      await remind(ctx, ended.id, first, group.name);
+  }
+}
+const INHERIT_MS = 30 * 60_000;
 
 async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
   const nowMs = ctx.deps.now();
@@ -5061,15 +5088,10 @@ async function actOnClaim(
       await settle(ctx, name, [{ id: claim.id, keepProtected }]);
       return log.info(`settled ${claim.id}: ${old} has left ${name}`);
     }
-    case "remind": {
-      const last = Math.max(ctx.state.actedMs.get(`${claim.id} reminded`) ?? 0, ctx.state.detachSeenMs.get(old) ?? 0);
-      if (ctx.deps.now() - last < LEAK_MS) return; // it is on its way
-      ctx.state.actedMs.set(`${claim.id} reminded`, ctx.deps.now());
-      const oldProtected = (await ctx.cloud.group(name))?.members.get(old)?.isProtected ?? false;
-      const notice = { type: DETACH, kind: "rebalance" as const, id: claim.id, instances: [old] };
-      await sendOwn(ctx, "detach_evt_sqs", notice, { group: name, oldProtected });
-      return log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
-    }
+    case "remind":
+      if (await remind(ctx, claim.id, old, name))
+        log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
+      return;
     case "end outside":
       if (await ctx.cloud.member(claim.id)) return; // the second read
       await ctx.cloud.terminate(claim.id);
@@ -5101,6 +5123,17 @@ async function actOnClaim(
     // The minimum has been raised meanwhile: its owner wants as many as there are.
     return actOnClaim(ctx, "settle", on);
   }
+}
+
+/** Sends a fresh detach message, unless one is on its way. */
+async function remind(ctx: Ctx, claim: string, old: string, group: string): Promise<boolean> {
+  const { detachSeenMs } = ctx.state;
+  if (ctx.deps.now() - (detachSeenMs.get(old) ?? 0) < LEAK_MS) return false;
+  detachSeenMs.set(old, ctx.deps.now());
+  const oldProtected = (await ctx.cloud.group(group))?.members.get(old)?.isProtected ?? false;
+  const notice = { type: DETACH, kind: "rebalance" as const, id: claim, instances: [old] };
+  await sendOwn(ctx, "detach_evt_sqs", notice, { group, oldProtected });
+  return true;
 }
 
 /** Puts a maximum that we raised back, once nothing needs it; true while that is to come. */

@@ -899,3 +899,20 @@ test("a settled replacement that died, and was substituted, stands for nobody be
   await s.quiet(3_600);
   expect([sizes(s), s.world.autoscaling.groups.get("web")?.members.size]).toEqual([[1, 9, 4], 4]);
 });
+
+test("a replacement that is gone is made up for though AWS forgets it long before the first one is let go", async () => {
+  for (const end of ["interrupted", "ended"]) {
+    const s = new Stage();
+    const delays = { preaction_detach_delay_seconds: 7_200 };
+    const old = first(s.group({ name: "web", min: 1, max: 6, desired: 3 }, { is_to_handle_rebalance_event: true, ...delays }));
+    await s.start();
+    s.world.rebalance(old);
+    const claim = await inService(s);
+    await s.seconds(120);
+    if (end === "interrupted") s.world.interrupt(claim);
+    else s.world.ec2.terminate(s.world.instance(claim), "Client.UserInitiatedShutdown: by hand");
+    await s.seconds(7_500);
+    await s.quiet(3_600);
+    expect([end, s.world.instance(old).group, sizes(s), s.least("web")]).toEqual([end, undefined, [1, 6, 3], 3]);
+  }
+});
