@@ -4993,17 +4993,18 @@ async function inherit(ctx: Ctx, shown: Ec2Instance[]): Promise<void> {
     const isOver = ended.state === "terminated" && !isSettled(ended) && cloudNow(ctx) - ended.launchedMs > INHERIT_MS;
     const group = isOver && first ? await groupOf(ctx, ended.tags[TAG.group] ?? "") : undefined;
     if (!group || !first) continue;
-    const how = await howOldLeft(ctx, group.name, ended.id);
     const [heir, other] = [ended.id, first].map((old) =>
       [...ctx.state.claims.values()].find((c) => replacedBy(c) === old && isLiving(c) && !isSettled(c)),
     );
+    const isAlone = !other && isStaying(group.members.get(first)) && ctx.state.groups.has(group.name);
+    if (!heir && !isAlone) continue;
+    const how = await cached(ctx, `how ${ended.id} left`, () => howOldLeft(ctx, group.name, ended.id));
     if (how === "decremented" && heir && !(await ctx.cloud.volumesOf(ended.id))?.length) {
       const tags = { [TAG.replaces]: first };
       await ctx.cloud.tag([heir.id], tags);
       ctx.state.claims.set(heir.id, { ...heir, tags: { ...heir.tags, ...tags } });
     }
-    if (how === "substituted" && !other && isStaying(group.members.get(first)) && ctx.state.groups.has(group.name))
-      await remind(ctx, ended.id, first, group.name);
+    if (how === "substituted" && isAlone) await remind(ctx, ended.id, first, group.name);
   }
 }
 const INHERIT_MS = 30 * 60_000;
