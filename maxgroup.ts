@@ -2445,7 +2445,7 @@ async function claimOn(ctx: Ctx, old: string, forData = false) {
   const claims = await claimsOf(ctx, old);
   const isLetGo = await Promise.all(
     claims.map(async (c) => {
-      if (!isLiving(c) || !(TAG.detached in c.tags)) return false;
+      if (!isLiving(c) || !c.tags[TAG.detached]) return false;
       const member = forData ? undefined : await ctx.cloud.member(c.id);
       return !member || judgeState(member.lifecycleState) === "leaving";
     }),
@@ -3358,6 +3358,7 @@ async function release(ctx: Ctx, group: Group): Promise<void> {
 /**
  * Long after a claim was settled its old one is in service: the minimum kept it, or somebody has brought it back. The
  * claim is a member like any other by then, and stands for nobody: that one's next notice is owed a launch of its own.
+ * Nor is the old one let go any more: should its owner take it out, it is not ours to end.
  */
 async function untie(ctx: Ctx, group: Group): Promise<void> {
   const tags = { [TAG.replaces]: "" };
@@ -3365,6 +3366,8 @@ async function untie(ctx: Ctx, group: Group): Promise<void> {
     const old = replacedBy(c);
     const isOver = isSettled(c) && keptSince(ctx, c) === undefined && c.tags[TAG.group] === group.name;
     if (!isOver || !old || !isStaying(group.members.get(old))) continue;
+    if (ctx.deps.now() - (ctx.state.detachSeenMs.get(old) ?? 0) < LEAK_MS) continue; // it may be let go at this moment
+    if ((await ctx.cloud.instance(old))?.tags[TAG.detached]) await ctx.cloud.tag([old], { [TAG.detached]: "" });
     await ctx.cloud.tag([c.id], tags);
     ctx.state.claims.set(c.id, { ...c, tags: { ...c.tags, ...tags } });
     ctx.deps.log.info(`${old} is in service beside ${c.id}, which replaces nobody any more`, { group: group.name });
@@ -5039,7 +5042,7 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       isWinner: best?.id === claim.id,
       winnerInService: best !== undefined && group?.members.get(best.id)?.lifecycleState === "InService",
       member,
-      isLetGo: TAG.detached in claim.tags,
+      isLetGo: Boolean(claim.tags[TAG.detached]),
       outsideMs: nowMs - (ctx.state.outsideSince.get(claim.id) ?? nowMs),
       ageMs: cloudNow(ctx) - claim.launchedMs,
       old: fate,

@@ -916,3 +916,29 @@ test("a replacement that is gone is made up for though AWS forgets it long befor
     expect([end, s.world.instance(old).group, sizes(s), s.least("web")]).toEqual([end, undefined, [1, 6, 3], 3]);
   }
 });
+
+test("one that was let go, attached once more, and taken out by its owner is his own, and uses up no limit", async () => {
+  const s = new Stage();
+  const delays = { preaction_detach_delay_seconds: 60, preaction_termination_delay_seconds: 60 };
+  const [old = "", other = ""] = s.group(
+    { name: "web", min: 1, max: 9, desired: 3 },
+    { is_to_handle_rebalance_event: true, ...delays },
+  );
+  await s.start();
+  s.world.rebalance(old);
+  await s.until(() => s.world.instance(old).tags.has("spotmax:detached"), 300);
+  await s.until(() => s.world.instance(old).group === undefined, 60);
+  await s.call("autoscaling", "AttachInstances", { AutoScalingGroupName: "web", InstanceIds: [old] });
+  await s.seconds(1_800);
+  // At its next notice its owner takes it out, to look at it.
+  s.world.rebalance(old);
+  await s.until(() => s.openClaims().length > 0, 60);
+  await s.seconds(30);
+  const out = { AutoScalingGroupName: "web", InstanceIds: [old], ShouldDecrementDesiredCapacity: true };
+  await s.call("autoscaling", "DetachInstances", out);
+  await s.quiet(3_600);
+  await s.seconds(600);
+  s.world.rebalance(other);
+  await s.quiet(3_600);
+  expect([s.world.instance(old).state, s.world.instance(other).group]).toEqual(["running", undefined]);
+});
