@@ -59,7 +59,8 @@ export const MUTATIONS: Mutation[] = [
   { name: "the deadline is a minute late", seed: 16, edits: [[/deadlineSeconds: 120,/, "deadlineSeconds: 180,"]] },
   {
     name: "what is in no group is never swept up",
-    seed: 176,
+    given: ["rebalance", "meddling", "waves"],
+    seed: 15,
     edits: [[/return x\.ageMs > LEAK_MS \? "end outside" : "leave";/, 'return "leave";']],
   },
   {
@@ -118,7 +119,7 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "preaction turns to on-demand",
-    seed: 15,
+    seed: 51,
     edits: [[/rungsFor\(spotMember, deadlineMs !== undefined,/, "rungsFor(spotMember, true,"]],
   },
   {
@@ -132,7 +133,7 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "a fallback goes back at once",
-    seed: 15,
+    seed: 39,
     edits: [[/ageMs >= Math\.max\(x\.leastLiveMs, YOUNG_MS\)/, "ageMs >= 0"]],
   },
   {
@@ -180,7 +181,7 @@ export const MUTATIONS: Mutation[] = [
     edits: [[/if \(!snapshot\?\.SnapshotId\) \{/, "if (true) {"]],
   },
   { name: "a copy loses the tags of its volume", seed: 11, edits: [[/=> \[\.\.\.mine, \{/, "=> [{"]] },
-  { name: "volumes that are left are not asked after", seed: 33, edits: [[/await part\("volumes", [^\n]*/, ""]] },
+  { name: "volumes that are left are not asked after", seed: 67, edits: [[/await part\("volumes", [^\n]*/, ""]] },
   {
     name: "owners of data share a launch",
     seed: 73,
