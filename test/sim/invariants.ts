@@ -704,7 +704,9 @@ export class Watch {
     // A replacement that died as a member was substituted by the group, as any member is: then the group's own
     // stands in for it, and the group must be full without the one that goes.
     const group = this.#world.autoscaling.groups.get(name);
-    const isFullNow = group !== undefined && (this.#world.autoscaling.sample(name)?.inService ?? 0) >= group.desired;
+    // One that has just died is a member until the group notices, and for that one it has a substitute.
+    const shown = [...(group?.members.values() ?? [])].filter(({ state }) => state === "InService");
+    const isFullNow = group !== undefined && shown.reduce((sum, { weight }) => sum + weight, 0) >= group.desired;
     // Or it was so a moment ago, when somebody may have seen it.
     const isFull = isFullNow || (this.#fullMs.get(name) ?? 0) >= this.#world.now() - this.#traits.lagMs;
     if (!ready.length && isFull && this.#chainOf(id).some((claim) => this.#inServiceMs.has(claim))) return;

@@ -164,7 +164,7 @@ story(
         );
         // What is left is due a minute after the deadline.
         const [interruption, detach] = left;
-        if (interruption === 0 && detach === 0) moto.hurry();
+        if (interruption === 0 && detach === 0) await moto.hurry();
         return (await claims(clients)).filter((c) => tag(c, "spotmax:attached")).length === 2 && left.every((n) => n === 0);
       });
       await until("the maximum is put back, and its tag gone", 150, async () => {
@@ -264,7 +264,7 @@ story(
       types: ["m4.large", "m5.large", "m5a.large"],
     });
     // moto's own members are on-demand, whatever the policy says; and an hour must have passed.
-    moto.age(7_200);
+    await moto.age(7_200);
     const olds: string[] = [];
     for (const SubnetId of set.subnetIds) {
       const { Instances: [one] = [] } = await ec2.send(
@@ -279,7 +279,7 @@ story(
       );
       olds.push(one?.InstanceId ?? "");
     }
-    moto.age(0);
+    await moto.age(0);
     await autoscaling.send(new AttachInstancesCommand({ AutoScalingGroupName: "web", InstanceIds: olds }));
     const system = { spot_advisor_url: `http://127.0.0.1:${served.port}/spot-advisor-data.json` };
     const options = { is_enable_preaction: true, preaction_detach_delay_seconds: 5, preaction_termination_delay_seconds: 1 };

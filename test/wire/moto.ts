@@ -34,16 +34,17 @@ export interface Moto {
   /** Forgets everything. Takes a few milliseconds, so that every test can have its own world. */
   reset(): Promise<void>;
   /** What is launched from now on was launched so many seconds ago. */
-  age(seconds: number): void;
+  age(seconds: number): Promise<void>;
   /** Messages in its queues that are delayed come now. */
-  hurry(): void;
+  hurry(): Promise<void>;
   stop(): Promise<void>;
 }
 
 /**
  * `moto_server -p 0` takes a free port and names it on standard error; it serves every request on a thread of its
  * own. Started through -c, so that it also ends when its standard input does: with the process that started it,
- * however that one died. A line there says how old new instances are to look, or "hurry".
+ * however that one died. A line there says how old new instances are to look, or "hurry"; what is done is answered
+ * with one byte.
  */
 const LAUNCH = `
 import datetime, os, sys, threading
@@ -61,6 +62,7 @@ def listen():
     for line in sys.stdin:
         if line.strip() == "hurry": hurry()
         else: age = float(line)
+        print("\\x06", end="", flush=True)
     os._exit(0)
 threading.Thread(target=listen, daemon=True).start()
 from moto.server import main
@@ -81,7 +83,7 @@ export function isMotoInstalled(): boolean {
 export async function startMoto(): Promise<Moto> {
   const child = Bun.spawn([PYTHON, "-c", LAUNCH], {
     stdin: "pipe",
-    stdout: "ignore",
+    stdout: "pipe",
     stderr: "pipe",
     // Making up the public images costs a second after every reset, and moto launches any image ID.
     env: { ...process.env, MOTO_EC2_LOAD_DEFAULT_AMIS: "false" },
@@ -100,10 +102,16 @@ export async function startMoto(): Promise<Moto> {
       child.kill();
       await child.exited;
     };
-    const say = (line: string) => {
-      child.stdin.write(`${line}\n`);
-      void child.stdin.flush();
-    };
+    const asked: (() => void)[] = [];
+    void (async () => {
+      for await (const chunk of child.stdout) for (const byte of chunk) if (byte === 6) asked.shift()?.();
+    })();
+    const say = (line: string) =>
+      new Promise<void>((resolve) => {
+        asked.push(resolve);
+        child.stdin.write(`${line}\n`);
+        void child.stdin.flush();
+      });
     return { url, reset, age: (seconds) => say(`${seconds}`), hurry: () => say("hurry"), stop };
   } catch (cause) {
     child.kill();
