@@ -66,6 +66,7 @@ export class DataWatch {
   readonly #kept = new Map<string, number>();
   readonly #copies = new Map<string, string>();
   readonly #endedByUs = new Set<string>();
+  readonly #takenOut = new Set<string>();
   /** Their guests write no more. */
   readonly #ended = new Set<string>();
   readonly #endMs = new Map<string, number>();
@@ -134,6 +135,12 @@ export class DataWatch {
     const instance = this.#around.world.ec2.instances.get(id);
     return instance?.state === "stopped" && !instance.tags.has("spotmax:detached");
   }
+  /** AWS forgets an instance an hour after its end, and with it who came after whom: the data is left, and reported. */
+  #isForgotten(id: string): boolean {
+    const old = this.#around.oldOf(id);
+    if (old === undefined || this.#around.oldOf(old) === undefined) return false;
+    return (this.#endMs.get(old) ?? this.#now()) < this.#now() - 60 * 60_000 || this.#isForgotten(old);
+  }
   #volumes(line: string): Volume[] {
     return [...this.#lineOf].flatMap(([id, own]) => {
       const volume = own === line ? this.#ebs.volumes.get(id) : undefined;
@@ -178,8 +185,10 @@ export class DataWatch {
     if (isEnd && !this.#endMs.has(id)) this.#endMs.set(id, this.#now());
     if ((isEnd || what === "terminating") && this.#around.actor() === "daemon") this.#endedByUs.add(id);
     // What the operator takes out before anybody could act is his own.
-    if ((what === "detach" || what === "terminating" || what === "standby") && this.#around.actor() === "operator")
+    if ((what === "detach" || what === "terminating" || what === "standby") && this.#around.actor() === "operator") {
       this.#notices.delete(id);
+      if (what === "detach") this.#takenOut.add(id);
+    }
     // To the very end its guest writes, and a stopped one writes no more.
     if ((what === "terminated" || what === "stopped") && !this.#ended.has(id)) {
       if (this.#lineOf.has(this.#carried(id)?.id ?? "")) this.#write(id, "ended");
@@ -203,7 +212,9 @@ export class DataWatch {
   #faultOf(volumeId: string, owner: string | undefined): string | undefined {
     if (owner === undefined) return "it was deleted";
     if (this.#kept.has(volumeId)) return `it had been kept, and went with ${owner} all the same`;
-    if (this.#endedByUs.has(owner)) return `a daemon ended ${owner}`;
+    // A replacement that the operator takes out before it was settled is a leak ten minutes later.
+    const isLeak = this.#takenOut.has(owner) && this.#around.oldOf(owner) !== undefined;
+    if (this.#endedByUs.has(owner) && !isLeak) return `a daemon ended ${owner}`;
     const notice = this.#notices.get(owner);
     if (!notice?.inTime) return undefined;
     // From then on somebody could have kept it, unless the message was lost for a minute.
@@ -350,7 +361,11 @@ export class DataWatch {
         return this.#isLiving(owner) || this.#isStopped(owner);
       });
       const heirs = [...this.#around.claims()].filter(
-        (id) => this.#line(id) === line && this.#isLiving(id) && this.#around.world.instance(id).group !== undefined,
+        (id) =>
+          this.#line(id) === line &&
+          this.#isLiving(id) &&
+          this.#around.world.instance(id).group !== undefined &&
+          !this.#isForgotten(id),
       );
       if (!isHeld && heirs.length > 0 && carriers.length > 0)
         this.#around.find(`the data of ${line} is in ${carriers.map(({ id }) => id).join(" ")}, and not on ${heirs.join(" ")}`);
