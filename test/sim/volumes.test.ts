@@ -571,14 +571,18 @@ test("data of an old one that stands in Standby and is stopped stays with it, wh
   expect(ownerOf(s, data)).toBe(`${claim} /dev/sdz`);
 });
 
+function refuseTags(s: Stage, volume: string): void {
+  const isAsked = (input: object) => (input as { Resources?: string[] }).Resources?.includes(volume);
+  s.world.intercept = ({ operation, input }) =>
+    operation === "CreateTags" && isAsked(input) ? { before: new AwsError("RequestLimitExceeded", "busy", 503) } : undefined;
+}
+
 test("a volume that was kept, but not tagged before the daemon died, is tagged as long as its instance shows", async () => {
   const s = new Stage({ shuttingDownMs: [40_000, 40_000] });
   const old = first(s.group(fleet(), options));
   const data = volumeAt(s, old, DEVICE);
   const daemon = await s.start();
-  const isTag = (input: object) => (input as { Resources?: string[] }).Resources?.includes(data);
-  s.world.intercept = ({ operation, input }) =>
-    operation === "CreateTags" && isTag(input) ? { before: new AwsError("RequestLimitExceeded", "busy", 503) } : undefined;
+  refuseTags(s, data);
   s.world.interrupt(old);
   await s.seconds(1);
   daemon.kill();
@@ -596,9 +600,7 @@ test("a volume that could not be tagged before its instance went is tagged as lo
   const old = first(s.group(fleet(), options));
   const data = volumeAt(s, old, DEVICE);
   const daemon = await s.start();
-  const isTag = (input: object) => (input as { Resources?: string[] }).Resources?.includes(data);
-  s.world.intercept = ({ operation, input }) =>
-    operation === "CreateTags" && isTag(input) ? { before: new AwsError("RequestLimitExceeded", "busy", 503) } : undefined;
+  refuseTags(s, data);
   s.world.interrupt(old);
   await s.until(() => s.world.instance(old).state === "shutting-down", 200);
   daemon.kill();
