@@ -3501,12 +3501,12 @@ async function terminate(ctx: Ctx, work: Work): Promise<Result> {
   // Describes lag: what speaks against the message is believed once it has had minutes to show.
   const isNew = isFresh(ctx, work, BELIEVED_MS);
   if (member && (isLeaving || isNew)) return retry(`still ${member.lifecycleState} in ${member.group}`, 5);
-  const alone = work.options.persistence_dev ? "left alone, and its data volume with it" : "left alone";
-  if (member) return skip(`${instance} is a member of ${member.group}: ${alone}`, work.options.persistence_dev ? "warn" : "info");
+  const alone = hasVolume(work) ? "left alone, and its data volume with it" : "left alone";
+  if (member) return skip(`${instance} is a member of ${member.group}: ${alone}`, hasVolume(work) ? "warn" : "info");
   if (!isMarked && isNew) return retry(`carries no ${TAG.detached} yet`, 5);
   if (!isMarked) return skip(`${instance} carries no ${TAG.detached}=${group}: ${alone}`, "warn");
   // The last chance to save its data: nothing is ended while that fails.
-  if (old && work.options.persistence_dev) await protectData(ctx, work, old);
+  if (old && hasVolume(work)) await protectData(ctx, work, old);
   if (work.deadlineMs === undefined) {
     const { max_num_of_terminated_one_time: limit } = work.options;
     const room = await lane(ctx, group).exclusive(async () => {
