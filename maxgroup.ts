@@ -2111,7 +2111,11 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   if (fault && isAtRisk) await protectVolume(ctx, work);
   if (fault) return fault;
 
-  if (row?.deadlineSeconds === undefined) return admit(ctx, work, old);
+  if (row?.deadlineSeconds === undefined) {
+    // No detach message goes ahead: the notice itself must know its group and options before anything is launched.
+    if (!notice.carried) return retry("from here on it knows its group", 0);
+    return admit(ctx, work, old);
+  }
   const first = work.deadlineMs === undefined;
   work.deadlineMs ??= deadlineOf(notice.timeMs, work.firstReceivedMs, cloudNow(ctx), row.deadlineSeconds * 1000);
   shorten(ctx, work);

@@ -166,6 +166,8 @@ export class Watch {
   #launched: string[] = [];
   readonly #inServiceMs = new Map<string, number>();
   readonly #outOfServiceMs = new Map<string, number>();
+  /** Of what is out of service: the group that it was in. */
+  readonly #leftGroup = new Map<string, string>();
   /** When a message about an instance last went to a queue: "QUEUE INSTANCE". */
   readonly #sentMs = new Map<string, number>();
   readonly #orders = new Map<string, string>();
@@ -301,6 +303,7 @@ export class Watch {
     for (const id of ids) {
       if (!this.#inServiceMs.has(id) || this.#outOfServiceMs.has(id)) continue;
       this.#outOfServiceMs.set(id, now);
+      if (groupName !== undefined) this.#leftGroup.set(id, groupName);
       if (!expected) continue;
       // What the world and the operator take is nobody's fault. What a daemon lets go before its time is up must
       // have somebody in its place already, and what it ends as surplus was above the number to begin with; so is
@@ -743,7 +746,11 @@ export class Watch {
   /** No agent is asked but the one on an instance that has a notice. */
   agentAsked(address: string): void {
     const instance = [...this.#world.ec2.instances.values()].find(({ privateIp }) => privateIp === address);
-    const name = instance?.group ?? instance?.tags.get("spotmax:detached");
+    // Taken out by somebody else meanwhile, what was begun is done to its end.
+    const outMs = this.#outOfServiceMs.get(instance?.id ?? "") ?? 0;
+    const isJustOut = outMs >= this.#world.now() - this.#traits.lagMs - CONSUL_MS;
+    const left = isJustOut ? this.#leftGroup.get(instance?.id ?? "") : undefined;
+    const name = instance?.group ?? instance?.tags.get("spotmax:detached") ?? left;
     if (!instance || !this.notices.has(instance.id) || !this.groups.get(name ?? "")?.consul)
       this.find("4", `the agent at ${address}, on ${instance?.id} of ${name}, was asked`);
   }
