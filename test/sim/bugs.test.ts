@@ -841,22 +841,23 @@ test("a notice in hand goes up the ladder again, though its group has left the c
   s.check([old], { web: [3, 5, 3] }, { launches: 2 });
 });
 
-test("what a daemon that died has launched without a deadline is finished by the next one, though its group is out by then", async () => {
-  for (const kind of ["rebalance", "maintenance"] as const) {
-    const s = new Stage();
-    const on = { is_to_handle_rebalance_event: true, is_to_handle_maintenance_event: true };
-    const old = first(s.group({ name: "web", ...three }, on));
-    s.group({ name: "api", ...three });
-    const daemon = await s.start();
-    if (kind === "rebalance") s.world.rebalance(old);
-    else s.world.healthEvent([old]);
-    await s.until(() => s.openClaims().length === 1, 30);
-    daemon.kill();
-    delete s.groups.web;
-    await s.start();
-    await s.quiet(3_600);
-    s.check([old], { web: [3, 5, 3] }, { launches: 1 });
-  }
+test("what a daemon that died has begun without a deadline is finished by the next one, though its group is out by then", async () => {
+  const on = { is_to_handle_rebalance_event: true, is_to_handle_maintenance_event: true };
+  for (const kind of ["rebalance", "maintenance"])
+    for (const last of ["launch", "attach"]) {
+      const s = new Stage();
+      const old = first(s.group({ name: "web", ...three }, on));
+      s.group({ name: "api", ...three });
+      const daemon = await s.start();
+      if (kind === "rebalance") s.world.rebalance(old);
+      else s.world.healthEvent([old]);
+      await s.until(() => s.world.audit.some((a) => a.what === last), 60);
+      daemon.kill();
+      delete s.groups.web;
+      await s.start();
+      await s.quiet(3_600);
+      s.check([old], { web: [3, 5, 3] }, { launches: 1 });
+    }
 });
 
 test("a daemon that dies right after its detach leaves it to the message, which knows that the old one was protected", async () => {
