@@ -162,6 +162,20 @@ export class Stage {
     };
   }
 
+  /** A daemon, and what `begin` brings upon it; it dies at its n-th call from then on, and another one follows. */
+  async killAt(n: number, begin: () => void): Promise<void> {
+    const daemon = await this.start();
+    let calls = 0;
+    this.world.intercept = ({ operation }) => {
+      if (operation !== "ReceiveMessage" && ++calls === n) daemon.kill();
+      return undefined;
+    };
+    begin();
+    await this.until(() => calls >= n || this.isQuiet(), 1_200).catch(() => undefined);
+    await this.seconds(2);
+    await this.start();
+  }
+
   /** A call by the operator, not by a daemon. */
   async call(service: Service, operation: string, input: object): Promise<object> {
     let answer: object | undefined;

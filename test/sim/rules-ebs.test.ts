@@ -21,6 +21,7 @@ import { RealClock, VirtualClock } from "../aws/clock.ts";
 import type { VolumeSpec } from "../aws/ebs.ts";
 import { serve } from "../aws/server.ts";
 import { AwsError, type GroupSpec, World, type WorldOptions } from "../aws/world.ts";
+import { fails, run } from "./calls.ts";
 
 const DATA: VolumeSpec = { device: "/dev/sdf", sizeGiB: 100, type: "gp3" };
 const ZONE = "us-east-1a";
@@ -59,29 +60,6 @@ function setUp(options: Partial<WorldOptions> = {}) {
   const whats = () => world.audit.filter(({ what }) => /^(?:volume|snapshot) /.test(what)).map(({ what }) => what);
   const calls = { call, describeVolumes, describeVolume, describeSnapshots, describeInstance, createVolume, createSnapshot };
   return { clock, world, ec2, ebs: ec2.ebs, ...calls, attach, detach, keep, state, withData, whats };
-}
-
-async function run<T>(clock: VirtualClock, promise: Promise<T>): Promise<T> {
-  let over = false;
-  const done = promise.finally(() => {
-    over = true;
-  });
-  done.catch(() => undefined);
-  await clock.runUntil(() => over, 3_600_000);
-  return done;
-}
-
-async function fails(promise: Promise<unknown>, name: string, text?: string | RegExp): Promise<AwsError> {
-  const error: unknown = await promise.then(
-    () => undefined,
-    (reason: unknown) => reason,
-  );
-  expect(error).toBeInstanceOf(AwsError);
-  const refusal = error as AwsError;
-  expect(`${refusal.name}: ${refusal.message}`).toStartWith(`${name}:`);
-  if (typeof text === "string") expect(refusal.message).toBe(text);
-  else if (text) expect(refusal.message).toMatch(text);
-  return refusal;
 }
 
 function only<T>(items: T[]): T {

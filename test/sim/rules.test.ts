@@ -4,6 +4,7 @@ import { DescribeInstancesCommand, type Instance as Ec2Instance, RunInstancesCom
 import { client } from "../aws/clients.ts";
 import { RealClock, VirtualClock } from "../aws/clock.ts";
 import { AwsError, type GroupSpec, type Service, World, type WorldOptions } from "../aws/world.ts";
+import { fails, run } from "./calls.ts";
 
 function setUp(options: Partial<WorldOptions> = {}) {
   const clock = new VirtualClock();
@@ -12,29 +13,6 @@ function setUp(options: Partial<WorldOptions> = {}) {
   const call = <T = Record<string, unknown>>(service: Service, operation: string, input: object): Promise<T> =>
     run(clock, world.call(service, operation, input)) as Promise<T>;
   return { clock, world, call };
-}
-
-async function run<T>(clock: VirtualClock, promise: Promise<T>): Promise<T> {
-  let over = false;
-  const done = promise.finally(() => {
-    over = true;
-  });
-  done.catch(() => undefined);
-  await clock.runUntil(() => over, 3_600_000);
-  return done;
-}
-
-async function fails(promise: Promise<unknown>, name: string, text?: string | RegExp): Promise<AwsError> {
-  const error: unknown = await promise.then(
-    () => undefined,
-    (reason: unknown) => reason,
-  );
-  expect(error).toBeInstanceOf(AwsError);
-  const refusal = error as AwsError;
-  expect(`${refusal.name}: ${refusal.message}`).toStartWith(`${name}:`);
-  if (typeof text === "string") expect(refusal.message).toBe(text);
-  else if (text) expect(refusal.message).toMatch(text);
-  return refusal;
 }
 
 const GROUP: GroupSpec = { name: "web", min: 3, max: 4, desired: 3 };

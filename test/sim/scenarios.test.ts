@@ -602,20 +602,7 @@ test("killed at any call and started again: one replacement, sizes as before, no
   for (const at of kills) {
     const s = new Stage({ seed: at });
     const old = only(s.group({ name: "web", min: 3, max: 3, desired: 3 }));
-    const first = await s.start();
-    let calls = 0;
-    let dead = false;
-    s.world.intercept = ({ operation }) => {
-      if (operation !== "ReceiveMessage" && ++calls === at) {
-        first.kill();
-        dead = true;
-      }
-      return undefined;
-    };
-    s.world.interrupt(old);
-    await s.until(() => dead || s.isQuiet(), 300).catch(() => undefined);
-    await s.seconds(2);
-    await s.start();
+    await s.killAt(at, () => s.world.interrupt(old));
     await s.quiet(3600);
     try {
       s.check([old], { web: [3, 3, 3] });

@@ -209,16 +209,7 @@ test("killed at any call and started again: that very volume ends on the replace
     const s = new Stage({ seed: at });
     const old = first(s.group(fleet({ min: 3, max: 3 }), options));
     const data = volumeAt(s, old, DEVICE);
-    const daemon = await s.start();
-    let calls = 0;
-    s.world.intercept = ({ operation }) => {
-      if (operation !== "ReceiveMessage" && ++calls === at) daemon.kill();
-      return undefined;
-    };
-    s.world.interrupt(old);
-    await s.until(() => calls >= at || s.isQuiet(), 600).catch(() => undefined);
-    await s.seconds(2);
-    await s.start();
+    await s.killAt(at, () => s.world.interrupt(old));
     await s.quiet(7200);
     s.check([old], { db: [3, 3, 3] });
     expect([at, ownerOf(s, data)]).toEqual([at, `${claimOf(s, old)} /dev/sdz`]);
@@ -231,16 +222,7 @@ test("killed at any call on the way to another zone: one copy attached, the orig
     const old = first(s.group(fleet(), options));
     const data = volumeAt(s, old, DEVICE);
     for (const pool of spotPools(s, s.world.instance(old).zone)) pool.capacity = 0;
-    const daemon = await s.start();
-    let calls = 0;
-    s.world.intercept = ({ operation }) => {
-      if (operation !== "ReceiveMessage" && ++calls === at) daemon.kill();
-      return undefined;
-    };
-    s.world.interrupt(old);
-    await s.until(() => calls >= at || s.isQuiet(), 1200).catch(() => undefined);
-    await s.seconds(2);
-    await s.start();
+    await s.killAt(at, () => s.world.interrupt(old));
     await s.quiet(7200);
     expect([at, stateOf(s, data)]).toEqual([at, "available"]);
     expect(volumeAt(s, claimOf(s, old), "/dev/sdz")).not.toBe(data);
