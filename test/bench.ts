@@ -663,21 +663,25 @@ async function soak(minutes: number): Promise<Row[]> {
     }
     return heapStats().heapSize / 2 ** 20;
   };
-  let program: Program | undefined = startProgram(world, clock, parseConfig(configOf(queues, empty(groups.keys()))));
-  await clock.advance(60_000);
-  for (let minute = 0; minute < minutes; minute++) {
-    const members = [...world.autoscaling.groups.values()].flatMap((group) => [...group.members.values()]);
-    const steady = members.filter((m) => m.state === "InService" && m.instance.tags.get("spotmax:attached") !== "");
-    const chosen = steady[Math.floor(world.random.next() * steady.length)];
-    if (chosen) world.interrupt(chosen.instance.id, NOTICE);
+  // In a function of its own: a variable of this one would hold the program to the end, whatever it is set to.
+  const live = async () => {
+    const { ctx, running, stop } = startProgram(world, clock, parseConfig(configOf(queues, empty(groups.keys()))));
     await clock.advance(60_000);
-  }
-  const all = await heap();
-  const maps = mapsOf(program.ctx.state);
-  program.stop();
-  await clock.advance(60_000);
-  await program.running;
-  program = undefined;
+    for (let minute = 0; minute < minutes; minute++) {
+      const members = [...world.autoscaling.groups.values()].flatMap((group) => [...group.members.values()]);
+      const steady = members.filter((m) => m.state === "InService" && m.instance.tags.get("spotmax:attached") !== "");
+      const chosen = steady[Math.floor(world.random.next() * steady.length)];
+      if (chosen) world.interrupt(chosen.instance.id, NOTICE);
+      await clock.advance(60_000);
+    }
+    const all = await heap();
+    const maps = mapsOf(ctx.state);
+    stop();
+    await clock.advance(60_000);
+    await running;
+    return { all, maps };
+  };
+  const { all, maps } = await live();
   const rest = await heap();
   return [
     row(`heap after ${minutes} minutes, an interruption a minute`, "MiB", [all], { digits: 1, simulator: [rest] }),
