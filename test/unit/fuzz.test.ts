@@ -128,7 +128,7 @@ const strangers = fc.oneof(
 );
 
 /** Ours in form, with anything in it. */
-const carried = (ids: string[]) =>
+const carried = (ids: fc.Arbitrary<string>, types = TYPES) =>
   fc
     .record(
       {
@@ -145,7 +145,7 @@ const carried = (ids: string[]) =>
     )
     .chain((maxgroup) =>
       fc
-        .record({ type: fc.constantFrom(...TYPES), id: fc.oneof(fc.constantFrom(...ids), instanceId), time })
+        .record({ type: fc.constantFrom(...types), id: ids, time })
         .map((x) => JSON.stringify({ "detail-type": x.type, time: x.time, detail: { "instance-id": x.id }, maxgroup })),
     );
 
@@ -186,7 +186,7 @@ const optionRecord = fc.dictionary(optionName, optionValue, { maxKeys: 4 });
 
 describe("message bodies", () => {
   test(`${RUNS} of them are either understood, somebody else's, or refused with a reason`, () => {
-    const body = fc.oneof(garbage, strangers, carried(["i-0b662ef9931388ba0"]), fc.json());
+    const body = fc.oneof(garbage, strangers, carried(instanceId), fc.json());
     fc.assert(
       fc.property(body, fc.constantFrom(...QUEUES), (text, queue) => {
         let answer: ReturnType<typeof readNotice>;
@@ -215,6 +215,8 @@ describe("message bodies", () => {
   const BATCH = 50;
   const queueName = fc.constantFrom(...QUEUES);
   type Sent = { text: string; queue: QueueName };
+  /** Stands for the ID of one of the group's own. */
+  const MEMBER = /member (\d)/;
   /** So many on average. */
   const sent = (text: fc.Arbitrary<string>) =>
     fc.array(fc.record({ text, queue: queueName }), { minLength: 1, maxLength: 2 * BATCH - 1, size: "max" });
@@ -233,7 +235,11 @@ describe("message bodies", () => {
       detach_evt_sqs: s.queues.detach,
       termination_evt_sqs: s.queues.termination,
     };
-    for (const { text, queue } of messages) s.world.sendRaw(urls[queue], text);
+    for (const { text, queue } of messages)
+      s.world.sendRaw(
+        urls[queue],
+        text.replace(MEMBER, (_, n) => members[n] ?? ""),
+      );
     await s.seconds(120);
     const left = Object.values(s.queues).flatMap((url) =>
       [...(s.world.sqs.queues.get(url)?.messages.values() ?? [])].map((m) => m.body),
@@ -286,9 +292,11 @@ describe("message bodies", () => {
   test(
     `${RUNS} in our own form with anything in them end no instance and change no size`,
     async () => {
-      // Without a deadline that is near: that would be an order to let a member go.
+      // Without a deadline that is near: that would be an order to let a member go. About members only what asks for
+      // their way out: a notice would rightly have them replaced.
+      const own = fc.oneof(carried(instanceId), carried(fc.constantFrom("member 0", "member 1", "member 2"), TYPES.slice(3)));
       await fc.assert(
-        fc.asyncProperty(sent(carried(["i-0b662ef9931388ba0", "i-0b662ef9"])), async (messages) => {
+        fc.asyncProperty(sent(own), async (messages) => {
           const { s, members, asked } = await live(messages);
           expect(asked.filter(({ operation }) => /Terminate|Update|Attach|Detach|Fleet|Run/.test(operation))).toEqual([]);
           untouched(s, members);
@@ -745,11 +753,12 @@ describe("whole replacements", () => {
       }
     };
     look(answer);
+    const before = places.length;
     for (let n = random.between([1, 3]); n > 0 && places.length; n--) {
       const [[target, key] = [{}, ""]] = places.splice(random.between([0, places.length - 1]), 1);
       Reflect.deleteProperty(target, key);
     }
-    return 1;
+    return Math.min(1, before);
   }
 
   async function life(seed: number): Promise<number> {
@@ -850,7 +859,7 @@ describe("whole replacements", () => {
         fc.asyncProperty(fc.nat(), async (seed) => {
           answers += await life(seed);
         }),
-        runs(Math.ceil(RUNS / 20)),
+        runs(Math.ceil(RUNS / 18)),
       );
       expect(answers).toBeGreaterThan(path ? 0 : RUNS);
     },
