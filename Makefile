@@ -83,8 +83,8 @@ test: dist/max_group $(MODULES) $(MOTO)/.complete $(SERVERS) ## all tests; ONLY=
 	@$(BUN) test/run.ts $(ONLY)
 
 .PHONY: sim
-sim: $(MODULES) ## lives of random fleets under faults, in virtual time; SEEDS=2000 for so many
-	@$(BUN) test/sim/run.ts $(or $(SEEDS),200)
+sim: $(MODULES) ## lives of random fleets under faults, in virtual time; SEEDS=2000 for so many, SEED=7 for one with its log
+	@$(BUN) test/sim/run.ts $(if $(SEED),--seed $(SEED) --log,$(or $(SEEDS),200))
 
 .PHONY: bench
 bench: dist/max_group $(MODULES) ## what it costs, in one table (nine minutes); ONLY="start waves" for some sections

@@ -1,4 +1,4 @@
-// Lives by the thousand: `make sim SEEDS=2000`, or
+// Lives by the thousand: `make sim SEEDS=2000`; one of them again: `make sim SEED=7`; or
 //
 //   bun test/sim/run.ts 2000 [--from 1]       many lives, on two processes (--workers 1: on one)
 //   bun test/sim/run.ts --seed 7 [--log]      one life again, with the daemons' log and what AWS did
@@ -36,7 +36,7 @@ const LIVES_A_PROCESS = 250;
 /** A life takes 200 ms of a core; one that takes this long, on the busiest machine, goes round in circles. */
 const HANG_MS = 10 * 60_000;
 
-const replayOf = (seed: number) => `bun test/sim/run.ts --seed ${seed} --log`;
+const replayOf = (seed: number) => `make sim SEED=${seed}`;
 const describe = ({ rule, atMs, text }: Finding) => `invariant ${rule} at ${((atMs - EPOCH_MS) / 1000).toFixed(1)} s: ${text}`;
 
 /** Lives with seeds `from` to `from + count - 1` on two processes; the failed ones, by seed. */
