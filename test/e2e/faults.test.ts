@@ -11,10 +11,15 @@ const SEEDS = process.env.FAULT_SEED
   : (process.env.FAULT_SEEDS ?? "1 2 3 4").split(" ").map(Number);
 const LIMIT_MS = 600_000;
 
+const wasUp = (d: Daemon) => d.has("start termination handler");
+
 /** Keeps one daemon running, as systemd does: one that ends at the start, for nothing could be read, is started again. */
 class Keeper {
   daemon: Daemon;
   restarts = 0;
+  /** The last words of those that were up and ended by themselves. */
+  readonly deaths: string[][] = [];
+  #killed: Daemon | undefined;
   readonly #spawn: () => Daemon;
   #isOver = false;
   readonly #kept: Promise<void>;
@@ -27,6 +32,7 @@ class Keeper {
   async #keep(): Promise<void> {
     while (!this.#isOver) {
       if (!this.daemon.isAlive) {
+        if (this.daemon !== this.#killed && wasUp(this.daemon)) this.deaths.push(this.daemon.lines.slice(-5));
         this.daemon = this.#spawn();
         this.restarts++;
       }
@@ -34,6 +40,7 @@ class Keeper {
     }
   }
   async kill(): Promise<void> {
+    if (this.daemon.isAlive) this.#killed = this.daemon;
     await this.daemon.end("SIGKILL");
   }
   /** The present one is left to go on. */
@@ -65,7 +72,7 @@ async function life(seed: number): Promise<void> {
       return daemon;
     };
     keepers.push(new Keeper(spawn), new Keeper(spawn));
-    const isUp = (d: Daemon) => d.isAlive && d.has("start termination handler");
+    const isUp = (d: Daemon) => d.isAlive && wasUp(d);
     await s.until("a daemon is up", 120, () => keepers.some((k) => isUp(k.daemon)));
 
     // The weather: for 40 seconds, with a notice now and then, a death every five seconds, and two outages.
@@ -91,7 +98,9 @@ async function life(seed: number): Promise<void> {
       `seed ${seed}: ${faults} faults of ${kinds.size} kinds, ${restarts} restarts, ${s.claims().length} launched for ${olds.length}`,
     );
     expect(faults).toBeGreaterThan(20);
+    expect(restarts).toBeGreaterThan(0);
     // One that was up ends by our hand only, and a fault on the wire is never a fault of the message.
+    expect(keepers.flatMap((k) => k.deaths)).toEqual([]);
     const lines = s.daemons.flatMap((d) => d.lines);
     expect(lines.filter((line) => /uncaught|unhandled|TypeError|the message comes again/.test(line))).toEqual([]);
   } catch (error) {
