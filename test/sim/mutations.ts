@@ -47,7 +47,7 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "the old one is detached before the new one is attached",
-    seed: 1,
+    seed: 3,
     edits: [
       [
         /if \(standing === "healthy" && !refused\) return "decrement";/,
@@ -239,7 +239,7 @@ export const MUTATIONS: Mutation[] = [
   { name: "a node is never given back", seed: 85, edits: [[/releaseNodes\(ctx\)\.catch/, "Promise.resolve().catch"]] },
   {
     name: "a node is given back while its instance is being replaced",
-    seed: 1,
+    seed: 9,
     edits: [
       [
         /if \(x\.lifecycleState !== "InService" \|\| x\.isInHand \|\| x\.hasOpenClaim\) return false;/,
