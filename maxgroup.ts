@@ -5056,7 +5056,9 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       desired: group?.desired ?? 0,
       patienceMs: options ? patienceMsOf(options) : Number.POSITIVE_INFINITY,
     });
-    if (what === "leave") continue;
+    // In a group that it does not name it is somebody else's, whatever the rest of its tags says.
+    const isTheirs = member !== undefined && member.group !== claim.tags[TAG.group];
+    if (what === "leave" || (isTheirs && what !== "settle")) continue;
     if (what === "end member") {
       const count = (ended.get(name) ?? 0) + 1;
       if (count > MAX_ENDED) continue;

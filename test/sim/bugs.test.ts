@@ -961,3 +961,15 @@ test("one that was let go, attached once more, and taken out by its owner is his
   await s.quiet(3_600);
   expect([s.world.instance(old).state, s.world.instance(other).group]).toEqual(["running", undefined]);
 });
+
+test("members of somebody else's group are nobody's rivals, whatever their tags say", async () => {
+  const s = new Stage();
+  s.group({ name: "web", min: 3, max: 5, desired: 3 });
+  const { instanceIds } = s.world.createGroup({ name: "other", min: 1, max: 4, desired: 3 });
+  for (const id of instanceIds)
+    s.world.instance(id).tags.set("spotmax:replaces", "i-0123456789abcdef0").set("spotmax:group", "web");
+  await s.start();
+  await s.seconds(1_800);
+  const other = s.world.autoscaling.groups.get("other");
+  expect([other?.desired, [...(other?.members.keys() ?? [])]]).toEqual([3, instanceIds]);
+});

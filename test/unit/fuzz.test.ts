@@ -460,6 +460,64 @@ describe("tags", () => {
     );
     expect(changes).toBeGreaterThan(RUNS / 50);
   });
+
+  test(
+    `${RUNS} sets of our own names on instances, with anything in them, end nobody's member and no stranger`,
+    async () => {
+      // None names the other group: what does is its own.
+      const text = fc.oneof(
+        fc.string(),
+        fc.constantFrom("", "web", "itself", "member 0", "member 0 member 1", "i-0b662ef9931388ba0", "__proto__", "protected"),
+      );
+      const item = fc.record({
+        where: fc.constantFrom("web", "other", "outside"),
+        isOld: fc.boolean(),
+        tags: fc.dictionary(fc.constantFrom(...maxgroup.RESERVED_TAGS), text, { minKeys: 1, maxKeys: 5 }),
+      });
+      let ended = 0;
+      await fc.assert(
+        fc.asyncProperty(fc.array(item, { minLength: 100, maxLength: 100, size: "max" }), async (items) => {
+          const s = new Stage({ checkOutputs: false });
+          const members = s.group({ name: "web", min: 25, max: 30, desired: 25 });
+          const others = s.world.createGroup({ name: "other", min: 25, max: 30, desired: 25 }).instanceIds;
+          const rest = { web: [...members], other: [...others], outside: [] };
+          for (const { where, isOld, tags } of items) {
+            const id = rest[where].pop();
+            const instance = id ? s.world.instance(id) : s.world.createInstance({ ageSeconds: isOld ? 3_600 : 0 });
+            for (const [key, value] of Object.entries(tags)) {
+              const named = value.replace("itself", instance.id).replaceAll(/member (\d)/g, (_, n) => members[n] ?? "");
+              instance.tags.set(key, named);
+            }
+          }
+          const wrong: string[] = [];
+          s.world.intercept = ({ operation, input }) => {
+            const { InstanceIds = [], InstanceId } = input as { InstanceIds?: string[]; InstanceId?: string };
+            if (!/^Terminate/.test(operation)) return undefined;
+            for (const id of InstanceId ? [InstanceId] : InstanceIds) {
+              const { tags, group } = s.world.instance(id);
+              const isMember = group !== undefined;
+              const mayBe = tags.has("spotmax:replaces") && !tags.has("spotmax:attached") && group !== "other";
+              if (!mayBe || isMember === (operation === "TerminateInstances")) wrong.push(`${operation} ${id} of ${group}`);
+              ended++;
+            }
+            return undefined;
+          };
+          const daemon = await s.start({ level: "warn" });
+          await s.seconds(60);
+          daemon.kill();
+          expect(wrong).toEqual([]);
+          const web = s.world.autoscaling.groups.get("web");
+          expect([web?.min, web?.max]).toEqual([25, 30]);
+          expect([...(s.world.autoscaling.groups.get("other")?.members.keys() ?? [])]).toEqual(others);
+          for (const id of others) expect([id, s.world.instance(id).state]).toEqual([id, "running"]);
+          expect(s.lines.filter((line) => /uncaught|TypeError|undefined is not|RangeError/i.test(line))).toEqual([]);
+        }),
+        runs(Math.ceil(RUNS / 100)),
+      );
+      expect(ended).toBeGreaterThan(0);
+    },
+    MINUTE,
+  );
 });
 
 // ─── AWS's answers ───────────────────────────────────────────────────────────────────────────────────────────
