@@ -973,3 +973,36 @@ test("members of somebody else's group are nobody's rivals, whatever their tags 
   const other = s.world.autoscaling.groups.get("other");
   expect([other?.desired, [...(other?.members.keys() ?? [])]]).toEqual([3, instanceIds]);
 });
+
+test("without a hard deadline a replacement that never gets healthy is told, and the old one stays until it is", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three, targetGroups: ["web-a"] }, { is_to_handle_rebalance_event: true }));
+  const web = s.world.autoscaling.groups.get("web");
+  web?.suspended.add("AddToLoadBalancer");
+  await s.start();
+  s.world.rebalance(old);
+  await s.seconds(1_800);
+  const told = s.lines.filter((line) => /^WARN.*AddToLoadBalancer.*registered by hand/.test(line));
+  expect(told.length).toBeWithin(2, 6);
+  expect(web?.members.get(old)?.state).toBe("InService");
+  for (const arn of web?.targetGroupArns ?? []) s.world.elbv2.register(arn, first(s.openClaims()));
+  await s.quiet();
+  s.check([old], { web: [3, 5, 3] });
+});
+
+test("a replacement that is one too many goes within half a minute, before anything else can take it", async () => {
+  const s = new Stage({ replaceMs: [2_000, 2_000], pendingMs: [5_000, 5_000], attachMs: [1_000, 1_000] });
+  const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 60 }));
+  await s.start();
+  s.world.interrupt(old);
+  const claim = await inService(s);
+  await s.call("ec2", "TerminateInstances", { InstanceIds: [old] }); // its group substitutes it
+  const web = s.world.autoscaling.groups.get("web");
+  const serving = () => [...(web?.members.values() ?? [])].filter(({ state }) => state === "InService").length;
+  await s.until(() => web?.members.get(old)?.state !== "InService", 60);
+  await s.until(() => serving() > 3, 60);
+  await s.until(() => serving() === 3, 30);
+  expect(web?.members.get(claim)?.state).not.toBe("InService");
+  await s.quiet();
+  s.check([old], { web: [3, 5, 3] }, { dips: true });
+});
