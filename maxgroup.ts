@@ -1119,6 +1119,9 @@ export function winner(claims: Ec2Instance[]): Ec2Instance | undefined {
 type HowLeft = "decremented" | "substituted" | "unknown";
 const isLeaving = ({ Description = "" }: Activity) => /^(Detaching|Terminating|Moving .*to Standby)/.test(Description);
 
+/** AZRebalance launches first and takes one out then: the group shrinks, and desired stays as it was. */
+const isBalanced = (cause: string) => /to balance instances in zones/.test(cause) && !/changing the desired capacity/.test(cause);
+
 /**
  * How an instance left its group: with decrement or by scale-in nothing is owed; else the group substitutes by itself.
  * The newest activity that names it tells; one without its cause does not say how.
@@ -1127,7 +1130,7 @@ export function howItLeft(activities: Activity[], instance: string): HowLeft {
   for (const activity of activities) {
     if (activity.Cause === undefined || !`${activity.Description} `.includes(`${instance} `)) continue;
     if (!isLeaving(activity)) break; // it came back after whatever stands behind this
-    return /shrinking the capacity/.test(activity.Cause) ? "decremented" : "substituted";
+    return /shrinking the capacity/.test(activity.Cause) && !isBalanced(activity.Cause) ? "decremented" : "substituted";
   }
   return "unknown";
 }

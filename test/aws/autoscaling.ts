@@ -879,9 +879,14 @@ export class AutoScaling {
       const victim = this.#victim(group, member.rebalanceFrom);
       member.rebalanceFrom = undefined;
       if (!victim || group.suspended.has("Terminate")) continue;
+      const [when, units] = [isoSeconds(this.#world.now()), capacity(group)];
       this.touch(group);
-      const cause = `At ${isoSeconds(this.#world.now())} instance ${victim.instance.id} was taken out of service to aid in balancing the group's zones.`;
-      this.#terminate(group, victim, cause);
+      // As AWS words it: it shrinks, and desired stays as it is.
+      this.#terminate(
+        group,
+        victim,
+        `At ${when} instances were launched to balance instances in zones ${member.instance.zone} with other zones resulting in more than desired number of instances in the group.  At ${when} an instance was taken out of service in response to a difference between desired and actual capacity, shrinking the capacity from ${units} to ${units - victim.weight}.  At ${when} instance ${victim.instance.id} was selected for termination.`,
+      );
     }
     if (group.rebalanceDue || !this.#uneven(group)) return;
     group.rebalanceDue = true;

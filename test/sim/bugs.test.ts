@@ -1005,4 +1005,26 @@ test("a replacement that is one too many goes within half a minute, before anyth
   expect(web?.members.get(claim)?.state).not.toBe("InService");
   await s.quiet();
   s.check([old], { web: [3, 5, 3] }, { dips: true });
+test("whom AZRebalance takes, old one or replacement, its group has substituted, though AWS says that it shrinks", async () => {
+  for (const who of ["old", "replacement"]) {
+    const s = new Stage();
+    const on = { is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 600 };
+    const old = first(s.group({ name: "web", min: 1, max: 9, desired: 3, suspended: ["AZRebalance"] }, on));
+    await s.start();
+    s.world.rebalance(old);
+    const claim = await inService(s);
+    await s.until(() => s.world.autoscaling.groups.get("web")?.members.get(claim)?.protected === true, 60);
+    const taken = who === "old" ? old : claim;
+    const members = s.world.autoscaling.groups.get("web")?.members ?? new Map<string, { protected: boolean }>();
+    // Its zone gets two more than the others have, for as long as that takes.
+    const web = { AutoScalingGroupName: "web" };
+    const InstanceIds = [1, 2].map(() => s.world.createInstance({ zone: s.world.instance(taken).zone }).id);
+    await s.call("autoscaling", "AttachInstances", { ...web, InstanceIds });
+    for (const [id, member] of members) member.protected = id !== taken;
+    await s.call("autoscaling", "ResumeProcesses", { ...web, ScalingProcesses: ["AZRebalance"] });
+    await s.until(() => !members.has(taken), 300);
+    await s.call("autoscaling", "DetachInstances", { ...web, InstanceIds, ShouldDecrementDesiredCapacity: true });
+    await s.quiet(3_600);
+    expect([who, sizes(s), members.size, s.least("web")]).toEqual([who, [1, 9, 3], 3, 3]);
+  }
 });

@@ -296,7 +296,8 @@ export class Watch {
     const expected = groupName === undefined ? undefined : this.groups.get(groupName);
     this.#seeAbove();
     if (what === "group deleted" && expected) expected.deleted = true;
-    const isBalancing = /to aid in balancing/.test(detail ?? "");
+    const isBalancing = /to aid in balancing|to balance instances in zones/.test(detail ?? "");
+    const isScaleIn = !isBalancing && /difference between desired and actual/.test(detail ?? "");
     if (what === "group launch" && expected && isBalancing) expected.balancing++;
     const isDeath = /^(shutting-down|terminated|stopping)$/.test(what);
     if (!isDeath && !/^(detach|terminating|standby)$/.test(what)) return;
@@ -316,7 +317,7 @@ export class Watch {
           (this.#actor === "world" && expected.weighted);
       // So the group may take one on its way out for a surplus of its own making, and say that it shrinks; and so it may
       // where AZRebalance has launched ahead, and the one it would have ended has gone by itself.
-      const isAhead = expected.balancing > 0 && /difference between desired and actual/.test(detail ?? "");
+      const isAhead = expected.balancing > 0 && isScaleIn;
       if ((expected.weighted || isAhead) && this.#actor === "world" && what === "terminating" && this.isInHand(id)) {
         expected.above += this.#weightOf(groupName, id);
         expected.resized = true;
@@ -343,7 +344,7 @@ export class Watch {
       // below what it has, or where the operator did it. Weights may start a group above desired, and AZRebalance
       // leaves it there where the one it would have ended has gone by itself.
       if (what === "terminating" && isBalancing) expected.balancing--;
-      if (what === "terminating" && /difference between desired and actual/.test(detail ?? ""))
+      if (what === "terminating" && isScaleIn)
         if (expected.balancing > 0) expected.balancing--;
         else if (expected.cut > 0) expected.cut -= this.#weightOf(groupName, id);
         else if (expected.configured && !expected.resized && !expected.weighted)

@@ -95,6 +95,8 @@ describe("how an instance left its group", () => {
     Cause: cause,
   });
   const shrinking = "shrinking the capacity from 4 to 3";
+  const balancing =
+    "instances were launched to balance instances in zones us-east-2b with other zones resulting in more than desired number of instances in the group.";
 
   test.each([
     ["detached with decrement", "Detaching", `${at} instance ${id} was detached in response to a user request, ${shrinking}.`],
@@ -119,15 +121,20 @@ describe("how an instance left its group", () => {
       `${at} a scheduled action update of AutoScalingGroup constraints to min: 0, max: 4, desired: 3 changing the desired capacity from 4 to 3.  ${at} an instance was taken out of service in response to a difference between desired and actual capacity, ${shrinking}.  ${at} instance ${id} was selected for termination.`,
     ],
     [
-      "taken by the balancing of zones",
+      "scaled in while zones are balanced",
       "Terminating",
-      `${at} instances were launched to balance instances in zones us-east-2b with other zones resulting in more than desired number of instances in the group.  ${at} an instance was taken out of service in response to a difference between desired and actual capacity, ${shrinking}.  ${at} instance ${id} was selected for termination.`,
+      `${at} ${balancing}  ${at} a user request explicitly set group desired capacity changing the desired capacity from 4 to 3.  ${at} an instance was taken out of service in response to a difference between desired and actual capacity, shrinking the capacity from 5 to 3.  ${at} instance ${id} was selected for termination.`,
     ],
   ])("%s: nothing is owed", (_, verb, cause) => {
     expect(howItLeft([activity(verb, cause)], id)).toBe("decremented");
   });
 
   test.each([
+    [
+      "taken by the balancing of zones, which has launched another one",
+      "Terminating",
+      `${at} ${balancing}  ${at} an instance was taken out of service in response to a difference between desired and actual capacity, ${shrinking}.  ${at} instance ${id} was selected for termination.`,
+    ],
     ["detached without decrement", "Detaching", `${at} instance ${id} was detached in response to a user request.`],
     ["ended without decrement", "Terminating", `${at} instance ${id} was taken out of service in response to a user request.`],
     [
