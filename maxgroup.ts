@@ -1399,8 +1399,6 @@ const newState = (config: Config) => ({
   claims: new Map<string, Ec2Instance>(),
   /** Launches under way, by old instance: one daemon never launches two. */
   launching: new Map<string, Promise<string | Result | undefined>>(),
-  /** Old instances that were let in without a hard deadline and are not visible as claims yet, by group. */
-  admitted: new Map<string, Set<string>>(),
   /** Pools that failed or are being reclaimed, until when (ms); a hint only. */
   failedPools: new Map<string, number>(),
   lanes: new Map<string, Lane>(),
@@ -1756,6 +1754,8 @@ export type Work = Received & {
   better: string[][] | undefined;
   /** Its node has been drained, as far as there was time. */
   drained: boolean;
+  /** Without a hard deadline: let in, and perhaps not visible as a claim yet. */
+  isAdmitted: boolean;
   /** A launch call is out and unanswered: the message may not be given back, for the next one would launch again. */
   launchOut: boolean;
   /** How long each hold on the message lasts, and when the present one began. */
@@ -1933,6 +1933,7 @@ function newWork(ctx: Ctx, received: Received): Work {
     drained: carried?.drained ?? false,
     leaseSeconds: ctx.state.config.global[queue].visibility_timeout_seconds,
     leasedMs: ctx.deps.now(),
+    isAdmitted: false,
     launchOut: false,
     rung: 0,
     attempt: 0,
@@ -1978,8 +1979,6 @@ async function handle(ctx: Ctx, key: string, work: Work): Promise<void> {
     await hold(ctx, work, work.deadlineMs === undefined ? 60 : Math.min(15, 3 * work.received));
   } finally {
     ctx.state.inHand.delete(key);
-    const admitted = ctx.state.admitted.get(work.group);
-    if (work.queue === "interruption_evt_sqs") admitted?.delete(work.instance);
   }
 }
 
@@ -2203,15 +2202,15 @@ async function inHandOf(ctx: Ctx, group: string): Promise<Set<string>> {
 
 /** One count for all that wait; the caller runs one at a time for a group. */
 async function admitBatch(ctx: Ctx, group: string, works: Work[]): Promise<number[]> {
-  const admitted = ctx.state.admitted.get(group) ?? new Set<string>();
-  ctx.state.admitted.set(group, admitted);
   // As they were before the look: what ends meanwhile may not be in it yet.
-  const before = [...admitted, ...(await inHandOf(ctx, group))];
+  const admitted = [...ctx.state.inHand.values()].flatMap((w) => (w.isAdmitted && w.group === group ? [w.instance] : []));
+  const olds = new Set([...admitted, ...(await inHandOf(ctx, group))]);
   return works.map((work) => {
-    const olds = new Set([...before, ...admitted]);
-    const isBegun = olds.delete(work.instance);
-    if (isBegun || olds.size < work.options.max_num_of_terminated_one_time) admitted.add(work.instance);
-    return isBegun ? 0 : olds.size;
+    const isBegun = olds.has(work.instance);
+    const inHand = isBegun ? 0 : olds.size;
+    work.isAdmitted = isBegun || inHand < work.options.max_num_of_terminated_one_time;
+    if (work.isAdmitted) olds.add(work.instance);
+    return inHand;
   });
 }
 
@@ -2221,7 +2220,7 @@ async function admit(ctx: Ctx, work: Work, old: Ec2Instance | undefined): Promis
   const later = (reason: string, seconds: number) =>
     isPreaction(work) && work.received === 1 ? skip(reason) : retry(reason, seconds);
   if (old && cloudNow(ctx) - old.launchedMs < YOUNG_MS) return later("younger than ten minutes", 120);
-  if (ctx.state.admitted.get(work.group)?.has(work.instance)) return done;
+  if (work.isAdmitted) return done;
   const { max_num_of_terminated_one_time: limit } = work.options;
   const inHand = await lane(ctx, work.group).admit(work);
   if (inHand >= limit) return later(`${inHand} of at most ${limit} in hand in ${work.group}`, 60);

@@ -110,6 +110,7 @@ export class KubeStage {
       detachSent: true,
       better: undefined,
       drained: false,
+      isAdmitted: false,
       launchOut: false,
       leaseSeconds: 15,
       leasedMs: Date.now(),

@@ -1028,3 +1028,18 @@ test("whom AZRebalance takes, old one or replacement, its group has substituted,
     expect([who, sizes(s), members.size, s.least("web")]).toEqual([who, [1, 9, 3], 3, 3]);
   }
 });
+
+test("a notice whose first message is slow to be deleted uses up its group's limit all the same", async () => {
+  const s = new Stage();
+  const on = { is_to_handle_rebalance_event: true };
+  const [one = "", two = ""] = s.group({ name: "web", min: 3, max: 9, desired: 3 }, on);
+  await s.start();
+  const slow: Record<string, number> = { CreateFleet: 8_000, DeleteMessageBatch: 2_000 };
+  s.world.intercept = ({ operation }) => ({ delayMs: slow[operation] ?? 0 });
+  s.world.rebalance(one);
+  await s.seconds(3);
+  s.world.rebalance(two);
+  await s.seconds(16);
+  const replaced = [...s.world.ec2.instances.values()].flatMap((i) => i.tags.get("spotmax:replaces") ?? []);
+  expect(replaced).toEqual([one]);
+});

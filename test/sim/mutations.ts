@@ -126,8 +126,8 @@ export const MUTATIONS: Mutation[] = [
     name: "preaction does not count what is in hand",
     seed: 61,
     edits: [
-      [/if \(isBegun \|\| [^\n]*\) admitted\.add\(work\.instance\);/, "admitted.add(work.instance);"],
-      [/return isBegun \? 0 : olds\.size;/, "return 0;"],
+      [/work\.isAdmitted = isBegun \|\| [^\n]*;/, "work.isAdmitted = true;"],
+      [/const inHand = isBegun \? 0 : olds\.size;/, "const inHand = 0;"],
       [/const room = x\.limit - x\.inHand\.length;/, "const room = x.limit;"],
     ],
   },
