@@ -3327,13 +3327,16 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
   }
 }
 
-/** Settles claims: scale-in may choose them again, and nobody looks at them as claims any more. */
+/** Settles claims: scale-in may choose them as it could their old ones, and nobody looks at them as claims any more. */
 async function settle(
   ctx: Ctx,
   name: string,
   claims: { id: string; keepProtected: boolean; isProtected?: boolean }[],
 ): Promise<void> {
-  await Promise.all(claims.map((c) => (c.keepProtected || c.isProtected === false ? undefined : lane(ctx, name).release(c.id))));
+  const { protect, release } = lane(ctx, name);
+  // Where its detach was near, or its old one gone, nobody has protected it yet.
+  const uneven = claims.filter((c) => c.isProtected !== c.keepProtected);
+  await Promise.all(uneven.map((c) => (c.keepProtected ? protect : release)(c.id)));
   const time = new Date(Math.floor(cloudNow(ctx) / 10_000) * 10_000).toISOString(); // alike, so that groups share a call
   for (const [kept, alike] of Map.groupBy(claims, (c) => c.keepProtected)) {
     const ids = alike.map((c) => c.id);
@@ -3444,16 +3447,18 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
     const now = await ctx.cloud.group(group);
     if (now && (await isUntold(ctx, group, instance))) return again("its group does not tell yet how it left", 2_000);
     work.log.info(`${instance} has left ${group} already`);
-    // A crash between detach and settling: finish it here, where it is known whether the old one was protected.
+    // Between detach and settling, also after a crash: finish it here, where it is known whether the old one was protected.
     // A later notice knows less: the old one was no member any more when it came.
     if (
       now &&
       claim &&
       (await openClaimOn(ctx, claim)) &&
-      now.members.get(claim)?.lifecycleState === "InService" &&
+      isStaying(now.members.get(claim)) &&
       (await fateOf(ctx, now, instance)) === "decremented"
-    )
+    ) {
+      if (now.members.get(claim)?.lifecycleState !== "InService") return again(`${claim} is not in service yet`);
       await settle(ctx, group, [{ id: claim, keepProtected: work.oldProtected }]);
+    }
     return done;
   }
   const forced = work.deadlineMs !== undefined && cloudNow(ctx) >= work.deadlineMs - FORCED_MS;
@@ -3466,7 +3471,8 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
         });
       else
         work.log.warn(`detached ${instance} from ${group} without a replacement in service: the group substitutes it by itself`);
-      return done;
+      // Only this message knows whether the old one was protected, and so waits until its replacement can be settled.
+      return decrement && claim && (await openClaimOn(ctx, claim)) ? again(`${claim} is not settled yet`) : done;
     case "left":
       return again(`${instance} has just left ${group}`, 0);
     case "refused":

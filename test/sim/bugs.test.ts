@@ -1043,3 +1043,19 @@ test("a notice whose first message is slow to be deleted uses up its group's lim
   const replaced = [...s.world.ec2.instances.values()].flatMap((i) => i.tags.get("spotmax:replaces") ?? []);
   expect(replaced).toEqual([one]);
 });
+
+test("a replacement stays protected as its old one was, however near the detach is when it comes", async () => {
+  for (const attach of ["after the detach message", "seconds before the deadline"]) {
+    const isLast = attach === "seconds before the deadline";
+    const s = new Stage(isLast ? { pendingMs: [111_500, 111_500], attachMs: [5_000, 5_000] } : {});
+    const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 0 }));
+    const on = { AutoScalingGroupName: "web", InstanceIds: [old], ProtectedFromScaleIn: true };
+    await s.call("autoscaling", "SetInstanceProtection", on);
+    await s.start();
+    s.world.interrupt(old);
+    await s.until(() => s.openClaims().length === 1, 60);
+    const claim = first(s.openClaims());
+    await s.quiet();
+    expect([attach, s.world.autoscaling.groups.get("web")?.members.get(claim)?.protected]).toEqual([attach, true]);
+  }
+});
