@@ -1408,8 +1408,8 @@ const newState = (config: Config) => ({
   cache: new Map<string, { atMs: number; value: Promise<unknown> }>(),
   /** When the manager first saw a claim outside every group. */
   outsideSince: new Map<string, number>(),
-  /** Claims that this process has attached, or tried to without a clear answer. */
-  joined: new Set<string>(),
+  /** Claims that this process has attached, or tried to without a clear answer, and when. */
+  joined: new Map<string, number>(),
   /** How instances left, where their group's activities told. */
   left: new Map<string, HowLeft>(),
   /** Since when they do not tell of one that we let go. */
@@ -3087,7 +3087,7 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
     else if (!wanted.some((w) => w.claim === item.claim)) wanted.push(item); // two messages may wait for one claim
   }
   // Whatever the answer: from here on it may be a member.
-  for (const i of wanted) ctx.state.joined.add(i.claim);
+  for (const i of wanted) ctx.state.joined.set(i.claim, ctx.deps.now());
   for (let rounds = 0; group && wanted.length; rounds++) {
     const ids = wanted.map((i) => i.claim);
     const attached = (id: string) => verdicts.set(id, { is: "attached" });
@@ -4955,7 +4955,7 @@ function forget(ctx: Ctx, open: Ec2Instance[]): void {
     for (const key of map.keys()) if (!alive.has(key.split(" ")[0] ?? "")) map.delete(key);
   for (const map of [ctx.state.detachSeenMs, ctx.state.deregisteredMs, ctx.state.finishedMs, ctx.state.untoldMs])
     for (const [key, atMs] of map) if (ctx.deps.now() - atMs > 3_600_000) map.delete(key);
-  for (const id of ctx.state.joined) if (!ctx.state.claims.has(id)) ctx.state.joined.delete(id);
+  for (const id of ctx.state.joined.keys()) if (!ctx.state.claims.has(id)) ctx.state.joined.delete(id);
   if (ctx.state.left.size > 10_000) ctx.state.left.clear(); // a memory to save calls, no more
   for (const { names } of ctx.state.clusters.values()) if (names.size > 10_000) names.clear(); // likewise
   for (const [key, { atMs }] of ctx.state.cache) if (ctx.deps.now() - atMs > 60_000) ctx.state.cache.delete(key);
@@ -5111,10 +5111,14 @@ async function actOnClaim(
         log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
       return;
     case "end outside":
-      if (await ctx.cloud.member(claim.id)) return; // the second read
-      await ctx.cloud.terminate(claim.id);
-      ctx.state.claims.delete(claim.id);
-      return log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
+      return lane(ctx, name).exclusive(async () => {
+        // The second read; and it may be attached at this moment, or have been and not show it yet.
+        if (await ctx.cloud.member(claim.id)) return;
+        if (ctx.deps.now() - (ctx.state.joined.get(claim.id) ?? 0) < BELIEVED_MS) return;
+        await ctx.cloud.terminate(claim.id);
+        ctx.state.claims.delete(claim.id);
+        log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
+      });
   }
   const input = { InstanceId: claim.id, ShouldDecrementDesiredCapacity: true };
   const end = async () => {

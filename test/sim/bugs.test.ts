@@ -1059,3 +1059,36 @@ test("a replacement stays protected as its old one was, however near the detach 
     expect([attach, s.world.autoscaling.groups.get("web")?.members.get(claim)?.protected]).toEqual([attach, true]);
   }
 });
+
+test("a replacement that is attached as it grows too old to be left outside is not ended as a leak", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 1, max: 6, desired: 3 }));
+  await s.start();
+  s.world.interrupt(old);
+  await s.until(() => s.openClaims().length === 1, 60);
+  const claim = first(s.openClaims());
+  const web = { AutoScalingGroupName: "web", ScalingProcesses: ["Launch"] };
+  await s.call("autoscaling", "SuspendProcesses", web);
+  await s.until(() => s.clock.now() > s.world.instance(claim).launchedAtMs + 590_000, 700);
+  // Nobody sees for some seconds that it is a member.
+  const { operations } = s.world.autoscaling;
+  const { DescribeAutoScalingInstances: find, DescribeAutoScalingGroups: read } = operations;
+  const untilMs = s.clock.now() + 20_000;
+  const without = <T extends { InstanceId?: string }>(all: T[]) =>
+    all.filter((one) => one.InstanceId !== claim || s.clock.now() > untilMs);
+  const DescribeAutoScalingInstances = (input: never) => {
+    const answer = find?.(input, {}) as { AutoScalingInstances: object[] };
+    return { ...answer, AutoScalingInstances: without(answer.AutoScalingInstances) };
+  };
+  const DescribeAutoScalingGroups = (input: never) => {
+    const answer = read?.(input, {}) as { AutoScalingGroups: { Instances: object[] }[] };
+    return { AutoScalingGroups: answer.AutoScalingGroups.map((g) => ({ ...g, Instances: without(g.Instances) })) };
+  };
+  Object.assign(operations, { DescribeAutoScalingInstances, DescribeAutoScalingGroups });
+  await s.call("autoscaling", "ResumeProcesses", web);
+  await s.until(() => s.world.audit.some((a) => a.what === "attach" && a.ids.includes(claim)), 60);
+  await s.until(() => s.clock.now() > untilMs, 60);
+  expect([s.world.instance(claim).state, s.world.instance(claim).group]).toEqual(["running", "web"]);
+  await s.quiet(3_600);
+  expect(sizes(s)).toEqual([1, 6, 3]);
+});
