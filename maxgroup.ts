@@ -2081,7 +2081,7 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   const member = await ctx.cloud.member(instance);
   if (!member) await ctx.state.firstPass; // only now is it known what was begun before a restart
   // After a restart a replacement of ours may not be known as one yet, and is protected by us.
-  const shown = member?.isProtected && !notice.carried ? await ctx.cloud.instance(instance) : undefined;
+  const shown = member?.isProtected ? await ctx.cloud.instance(instance) : undefined;
   const claim = ctx.state.claims.get(instance) ?? (shown && TAG.replaces in shown.tags ? shown : undefined);
   const name = member?.group ?? (notice.carried?.group || claimGroup(ctx, instance));
   const known = name ? ctx.state.groups.get(name) : undefined;
@@ -2101,9 +2101,9 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   work.member = member;
 
   // Before anything can fail, for it travels in every copy. A replacement that is itself replaced is protected by us.
-  const isOurs = member && !notice.carried && claim && !isSettled(claim);
+  const isOurs = member && claim && !isSettled(claim);
   const kept = claim && keptSince(ctx, claim);
-  if (member && !notice.carried) work.oldProtected = (kept ?? member.isProtected) && !isOurs;
+  if (member) work.oldProtected = (kept ?? member.isProtected) && !isOurs;
   const [group, old] = await Promise.all([ctx.cloud.group(name), ctx.cloud.instance(instance)]);
   work.old = old;
   // Where nobody can tell any more (it has just left), it was as its group has them.
@@ -2161,7 +2161,8 @@ async function foreign(ctx: Ctx, work: Work, member: Member | undefined): Promis
   // Another daemon may have launched it a moment ago.
   const claim = ctx.state.claims.get(work.instance) ?? (await ctx.cloud.instance(work.instance));
   if (!claim && isFresh(ctx, work, 30_000)) return retry("EC2 does not show it yet", 5);
-  if (claim && isSettled(claim) && isFresh(ctx, work, 30_000)) return retry("its group does not show it yet", 5);
+  const isMember = claim && (isSettled(claim) || ctx.state.groups.has(claim.tags["aws:autoscaling:groupName"] ?? ""));
+  if (isMember && isFresh(ctx, work, 30_000)) return retry("its group does not show it at the moment", 2);
   if (!claim || !(TAG.replaces in claim.tags) || isSettled(claim) || !isLiving(claim)) return skip("in no group: not ours");
   if (!(TAG.lost in claim.tags)) {
     remember(ctx, "spot", claim.type, claim.zone, "reclaimed");

@@ -1092,3 +1092,33 @@ test("a replacement that is attached as it grows too old to be left outside is n
   await s.quiet(3_600);
   expect(sizes(s)).toEqual([1, 6, 3]);
 });
+
+test("a replacement that has a notice before it is settled hands on what it is left with", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));
+  const on = { AutoScalingGroupName: "web", InstanceIds: [old], ProtectedFromScaleIn: true };
+  await s.call("autoscaling", "SetInstanceProtection", on);
+  await s.start();
+  s.world.interrupt(old);
+  const one = await inService(s);
+  s.world.rebalance(one); // and is too young for another ten minutes
+  await s.until(() => s.openClaims().some((id) => id !== one), 1_200);
+  const two = first(s.openClaims());
+  await s.quiet();
+  expect(s.world.autoscaling.groups.get("web")?.members.get(two)?.protected).toBe(true);
+});
+
+test("a member that its group does not show for a moment is no stranger", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }));
+  await s.start();
+  const untilMs = s.clock.now() + 6_000;
+  const { operations } = s.world.autoscaling;
+  const { DescribeAutoScalingInstances: find } = operations;
+  const DescribeAutoScalingInstances = (input: never) =>
+    s.clock.now() < untilMs ? { AutoScalingInstances: [] } : find?.(input, {});
+  Object.assign(operations, { DescribeAutoScalingInstances });
+  s.world.interrupt(old);
+  await s.quiet();
+  s.check([old], { web: [3, 5, 3] });
+});
