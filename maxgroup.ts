@@ -4999,9 +4999,9 @@ export function judgeClaim(x: {
 }
 
 /**
- * AWS forgets an instance an hour after its end, and with it whom that one was to replace; but the first one's way out
- * may be a matter of days. By then its own replacement takes that over, as long as no data of it is to be moved; where
- * its group has substituted it, nobody can take it over, and the first one goes at once.
+ * AWS forgets an instance an hour after its end, its tags perhaps sooner, and with them whom that one was to replace; but
+ * the first one's way out may be a matter of days. Once that is none of minutes, its own replacement takes it over, as
+ * long as no data of it is to be moved; where its group has substituted it, nobody can, and the first one goes at once.
  */
 async function inherit(ctx: Ctx, shown: Ec2Instance[]): Promise<void> {
   for (const ended of shown) {
@@ -5023,7 +5023,7 @@ async function inherit(ctx: Ctx, shown: Ec2Instance[]): Promise<void> {
     if (how === "substituted" && isAlone) await remind(ctx, ended.id, first, group.name);
   }
 }
-const INHERIT_MS = 30 * 60_000;
+const INHERIT_MS = 5 * 60_000;
 
 async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
   const nowMs = ctx.deps.now();

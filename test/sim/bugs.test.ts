@@ -920,7 +920,7 @@ test("a settled replacement that died, and was substituted, stands for nobody be
 });
 
 test("a replacement that is gone is made up for though AWS forgets it long before the first one is let go", async () => {
-  for (const end of ["interrupted", "ended"]) {
+  for (const end of ["interrupted", "ended", "ended, and its tags are soon gone"]) {
     const s = new Stage();
     const delays = { preaction_detach_delay_seconds: 7_200 };
     const old = first(s.group({ name: "web", min: 1, max: 6, desired: 3 }, { is_to_handle_rebalance_event: true, ...delays }));
@@ -930,6 +930,7 @@ test("a replacement that is gone is made up for though AWS forgets it long befor
     await s.seconds(120);
     if (end === "interrupted") s.world.interrupt(claim);
     else s.world.ec2.terminate(s.world.instance(claim), "Client.UserInitiatedShutdown: by hand");
+    if (end.includes("tags")) s.world.after(600_000, () => s.world.instance(claim).tags.clear());
     await s.seconds(7_500);
     await s.quiet(3_600);
     expect([end, s.world.instance(old).group, sizes(s), s.least("web")]).toEqual([end, undefined, [1, 6, 3], 3]);
