@@ -3353,15 +3353,19 @@ async function settle(
 const KEPT = "protected";
 
 /** Whether a claim that was settled in the last minutes stays protected: what its group shows of that may be older. */
-function keptSince(ctx: Ctx, claim: Ec2Instance): boolean | undefined {
+function keptSince(ctx: Ctx, claim: Ec2Instance, ms = 600_000): boolean | undefined {
   const [time = "", kept] = claim.tags[TAG.attached]?.split(" ") ?? [];
-  return cloudNow(ctx) - Date.parse(time) < 600_000 ? kept === KEPT : undefined;
+  return cloudNow(ctx) - Date.parse(time) < ms ? kept === KEPT : undefined;
 }
 
-/** A call that protects may arrive after the one that releases: for some minutes what is settled is released again. */
+/**
+ * A call that protects may arrive after the one that releases: what is settled is released again for as long as all tries
+ * of one may take, and no longer, for whoever works on an instance may want to protect it.
+ */
 async function release(ctx: Ctx, group: Group): Promise<void> {
   if (group.protectsNew) return;
-  const late = [...ctx.state.claims.values()].filter((c) => keptSince(ctx, c) === false && group.members.get(c.id)?.isProtected);
+  const isLate = (c: Ec2Instance) => keptSince(ctx, c, 120_000) === false && group.members.get(c.id)?.isProtected;
+  const late = [...ctx.state.claims.values()].filter(isLate);
   await Promise.all(late.map((c) => lane(ctx, group.name).release(c.id)));
 }
 

@@ -1123,3 +1123,18 @@ test("a member that its group does not show for a moment is no stranger", async 
   await s.quiet();
   s.check([old], { web: [3, 5, 3] });
 });
+
+test("a replacement that protects itself, minutes after it was settled, stays so", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }));
+  await s.start();
+  s.world.interrupt(old);
+  const claim = await inService(s);
+  await s.until(() => s.world.instance(claim).tags.has("spotmax:attached"), 300);
+  await s.seconds(150);
+  const InstanceIds = [claim];
+  await s.call("autoscaling", "SetInstanceProtection", { AutoScalingGroupName: "web", InstanceIds, ProtectedFromScaleIn: true });
+  await s.quiet();
+  await s.seconds(600);
+  expect(s.world.autoscaling.groups.get("web")?.members.get(claim)?.protected).toBe(true);
+});
