@@ -2085,16 +2085,16 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   const claim = ctx.state.claims.get(instance) ?? (shown && TAG.replaces in shown.tags ? shown : undefined);
   const name = member?.group ?? (notice.carried?.group || claimGroup(ctx, instance));
   const known = name ? ctx.state.groups.get(name) : undefined;
-  // What was begun is finished in its own group, and nowhere else.
-  const isBegun = work.group === name;
-  if (!name || !(known || isBegun)) return foreign(ctx, work, member);
-  work.options = notice.carried?.options ?? known?.options ?? work.options;
-  work.log = ctx.deps.log.with({ group: name, instance, notice: notice.id });
   const row = NOTICES[notice.type];
+  // What was begun is finished in its own group, and nowhere else; what only waits for its turn is judged afresh.
+  const isBegun = work.group === name && (row?.deadlineSeconds !== undefined || Boolean(await standsFor(ctx, instance)));
+  if (!name || !(known || isBegun)) return foreign(ctx, work, member);
+  work.options = (isBegun ? notice.carried?.options : undefined) ?? known?.options ?? work.options;
+  work.log = ctx.deps.log.with({ group: name, instance, notice: notice.id });
   if (row?.option && !work.options[row.option]) return skip(`${notice.type}: ${row.option} is off`);
   // Whatever stands in the way of a launch, the data is kept as long as its instance goes.
   const isAtRisk = row?.deadlineSeconds !== undefined && hasVolume(work);
-  const leftOut = notice.carried ? undefined : known?.broken;
+  const leftOut = isBegun || !member ? undefined : known?.broken;
   if (leftOut && isAtRisk) await protectVolume(ctx, { ...work, group: name });
   if (leftOut) return retry(`group ${name} is left out at the moment: ${leftOut}`, row?.deadlineSeconds ? 10 : 300);
   work.group = name;

@@ -1138,3 +1138,38 @@ test("a replacement that protects itself, minutes after it was settled, stays so
   await s.seconds(600);
   expect(s.world.autoscaling.groups.get("web")?.members.get(claim)?.protected).toBe(true);
 });
+
+test("a notice that waits for its turn is judged afresh: its group may be out by then, or the option off", async () => {
+  for (const change of ["out", "off"]) {
+    const s = new Stage();
+    const on = { is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 600 };
+    const [one = "", two = ""] = s.group({ name: "web", min: 1, max: 9, desired: 3 }, on);
+    s.group({ name: "api", ...three });
+    const daemon = await s.start();
+    s.world.rebalance(one);
+    await inService(s);
+    s.world.rebalance(two);
+    await s.seconds(30);
+    if (change === "out") delete s.groups.web;
+    else s.groups.web = { ...on, is_to_handle_rebalance_event: false };
+    daemon.ctx.state.config = s.config();
+    void maxgroup.checkGroups(daemon.ctx);
+    await s.quiet(3_600);
+    const replaced = [...s.world.ec2.instances.values()].flatMap((i) => i.tags.get("spotmax:replaces") ?? []);
+    expect([change, replaced, s.world.instance(one).group]).toEqual([change, [one], undefined]);
+  }
+});
+
+test("a notice that waits for its turn goes when its group is deleted", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));
+  s.group({ name: "api", ...three });
+  const daemon = await s.start();
+  s.world.instance(old).launchedAtMs = s.clock.now();
+  s.world.rebalance(old);
+  await s.seconds(30);
+  await s.call("autoscaling", "DeleteAutoScalingGroup", { AutoScalingGroupName: "web", ForceDelete: true });
+  await s.until(() => !s.world.autoscaling.groups.has("web"), 300);
+  void maxgroup.checkGroups(daemon.ctx);
+  await s.quiet();
+});
