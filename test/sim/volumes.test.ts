@@ -653,8 +653,10 @@ test("a replacement interrupted before its old one's data is kept hands no empty
   const empty = volumeAt(s, second, DEVICE);
   expect(tagOf(s, data)).toBeUndefined();
   s.world.interrupt(second);
+  await s.seconds(60);
+  const third = claimOf(s, second);
   await s.quiet(7_200);
-  expect([ownerOf(s, data), stateOf(s, empty) ?? "deleted"]).toEqual([`${claimOf(s, second)} /dev/sdz`, "deleted"]);
+  expect([ownerOf(s, data), stateOf(s, empty) ?? "deleted"]).toEqual([`${third} /dev/sdz`, "deleted"]);
 });
 
 test("the data is kept in a group that is left out, and where the launch of a replacement waits", async () => {
