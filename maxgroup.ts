@@ -4814,9 +4814,9 @@ async function deregister(ctx: Ctx, work: Work): Promise<Result> {
   return done;
 }
 
-/** Of one that stays after all. */
+/** Of one that stays after all, and is asked anew at its next notice. */
 function sayConsulLeft({ state }: Ctx, { instance, log }: Work): void {
-  if (state.deregisteredMs.has(instance))
+  if (state.deregisteredMs.delete(instance))
     log.warn(`the services of ${instance} have left Consul, and it stays: end its agent's maintenance mode, register them again`);
 }
 

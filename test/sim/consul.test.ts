@@ -282,4 +282,11 @@ test("one that stays although its services have left Consul already is named, fo
   await s.quiet();
   expect([s.world.instance(old).group, agents.services.get(address)?.size]).toEqual(["web", 0]);
   expect(warnings(s)).toEqual([expect.stringContaining(`the services of ${old} have left Consul`)]);
+  // He does as he is told, and its next notice takes them out once more.
+  agents.services.set(address, new Set(["web"]));
+  Object.assign(s.world.autoscaling.groups.get("web") ?? {}, { min: 3 });
+  await s.seconds(1_200);
+  s.world.interrupt(old);
+  await s.quiet();
+  expect([s.world.instance(old).group, agents.services.get(address)?.size]).toEqual([undefined, 0]);
 });
