@@ -3129,17 +3129,17 @@ async function attachBatch(ctx: Ctx, name: string, items: AttachItem[]): Promise
   return items.map((i) => verdicts.get(i.claim) ?? { is: "later", reason: "no verdict" });
 }
 
-/**
- * Ends a claim that two reads, ten seconds apart, show outside every group and that nobody here has attached;
- * describes may lag that far behind an attach.
- */
+/** Ends a claim that two reads, ten seconds apart, show outside every group: describes may lag that far behind an attach. */
 async function endOutside(ctx: Ctx, claim: string, group: string): Promise<boolean> {
-  for (const waitMs of [0, 10_000]) {
-    await pause(ctx, waitMs);
-    if (await ctx.cloud.member(claim)) return false;
-  }
+  if (await ctx.cloud.member(claim)) return false;
+  await pause(ctx, 10_000);
+  return endStray(ctx, claim, group);
+}
+/** The second read of one that is in no group, and its end; it may be attached at this moment, or have been and not show it yet. */
+async function endStray(ctx: Ctx, claim: string, group: string): Promise<boolean> {
   return lane(ctx, group).exclusive(async () => {
-    if (ctx.state.joined.has(claim)) return false;
+    if (await ctx.cloud.member(claim)) return false;
+    if (ctx.deps.now() - (ctx.state.joined.get(claim) ?? 0) < BELIEVED_MS) return false;
     await ctx.cloud.terminate(claim);
     ctx.state.claims.delete(claim);
     return true;
@@ -5116,14 +5116,8 @@ async function actOnClaim(
         log.warn(`${old} is still beside its replacement ${claim.id}: sent a fresh detach message`);
       return;
     case "end outside":
-      return lane(ctx, name).exclusive(async () => {
-        // The second read; and it may be attached at this moment, or have been and not show it yet.
-        if (await ctx.cloud.member(claim.id)) return;
-        if (ctx.deps.now() - (ctx.state.joined.get(claim.id) ?? 0) < BELIEVED_MS) return;
-        await ctx.cloud.terminate(claim.id);
-        ctx.state.claims.delete(claim.id);
-        log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
-      });
+      if (await endStray(ctx, claim.id, name)) log.warn(`ended ${claim.id}: launched for ${old || "nobody"} and in no group`);
+      return;
   }
   const input = { InstanceId: claim.id, ShouldDecrementDesiredCapacity: true };
   const end = async () => {
