@@ -1006,6 +1006,8 @@ test("a replacement that is one too many goes within half a minute, before anyth
   expect(web?.members.get(claim)?.state).not.toBe("InService");
   await s.quiet();
   s.check([old], { web: [3, 5, 3] }, { dips: true });
+});
+
 test("whom AZRebalance takes, old one or replacement, its group has substituted, though AWS says that it shrinks", async () => {
   for (const who of ["old", "replacement"]) {
     const s = new Stage();
