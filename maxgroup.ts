@@ -1418,6 +1418,8 @@ const newState = (config: Config) => ({
   detachSeenMs: new Map<string, number>(),
   /** When the agents of old instances were asked to let their services go: once, whatever came of it. */
   deregisteredMs: new Map<string, number>(),
+  /** Resolves once such an agent has answered, or has had its time. */
+  deregistering: new Map<string, Promise<void>>(),
   /** Messages whose work is done and whose deletion failed: seen again, they are only deleted. */
   finishedMs: new Map<string, number>(),
   /** Since when a claim is seen as it is, and when it was last acted on, by claim and matter. */
@@ -4799,15 +4801,24 @@ export function whoseAgent(self: unknown, old: string, replacementAddress: strin
 
 async function deregister(ctx: Ctx, work: Work): Promise<Result> {
   const { deps, state } = ctx;
-  if (work.left || state.deregisteredMs.has(work.instance) || (await staysBeside(ctx, work))) return done;
-  state.deregisteredMs.set(work.instance, deps.now());
-  const limit = new AbortController();
-  const late = deps.sleep(CONSUL_MS, limit.signal).then(() => {
-    throw new Error(`no answer in ${CONSUL_MS / 1000} s`);
-  });
-  const asked = Promise.race([leaveConsul(ctx, work, limit.signal), late])
-    .catch((error: unknown) => work.log.warn(`Consul on ${work.instance}: ${errorText(error)}; going on`))
-    .finally(() => limit.abort(new Stopped("enough")));
+  const isBegun = () => state.deregisteredMs.has(work.instance);
+  if (work.left || (!isBegun() && (await staysBeside(ctx, work)))) return done;
+  if (!isBegun()) {
+    state.deregisteredMs.set(work.instance, deps.now());
+    const limit = new AbortController();
+    const late = deps.sleep(CONSUL_MS, limit.signal).then(() => {
+      throw new Error(`no answer in ${CONSUL_MS / 1000} s`);
+    });
+    const asking = Promise.race([leaveConsul(ctx, work, limit.signal), late])
+      .catch((error: unknown) => work.log.warn(`Consul on ${work.instance}: ${errorText(error)}; going on`))
+      .finally(() => {
+        limit.abort(new Stopped("enough"));
+        state.deregistering.delete(work.instance);
+      });
+    state.deregistering.set(work.instance, asking);
+  }
+  // Whichever of its messages has begun it, none goes on to the detach before.
+  const asked = state.deregistering.get(work.instance);
   // Five seconds before the deadline nothing is waited for: the agent is asked beside the detach.
   const spareMs = work.deadlineMs === undefined ? CONSUL_MS : work.deadlineMs - 5_000 - cloudNow(ctx);
   if (spareMs > 0) await Promise.race([asked, pause(ctx, Math.min(CONSUL_MS, spareMs))]);

@@ -66,6 +66,26 @@ test("a slow agent is waited for", async () => {
   expect(left).toBe(0);
 });
 
+test("of several detach messages for one instance none goes on to the detach while another one asks its agent", async () => {
+  const { s, old, agents, address } = fleet({}, { ...options, detaching_delay_seconds: 60 });
+  await s.start();
+  const answer = s.http;
+  s.http = (url, init) => s.clock.sleep(500).then(() => answer(url, init));
+  const left: unknown[] = [];
+  atDetach(s, () => left.push(agents.services.get(address)?.size));
+  s.world.interrupt(old);
+  await s.seconds(30);
+  // Two more, as notices that came twice leave them, due a moment later.
+  const message = first([...(s.world.sqs.queues.get(s.queues.detach)?.messages.values() ?? [])]);
+  await s.clock.advance(message.visibleAtMs - s.clock.now());
+  for (let n = 0; n < 2; n++) {
+    await s.clock.advance(300);
+    s.world.sendRaw(s.queues.detach, message.body);
+  }
+  await s.quiet();
+  expect(left).toEqual([0]);
+});
+
 test("an instance that somebody else took out of its group is none of ours", async () => {
   const { s, old, agents } = fleet({}, { ...options, detaching_delay_seconds: 60 });
   await s.start();
