@@ -26,7 +26,7 @@ export type DaemonOptions = {
   config?: Config;
   level?: Level;
   /** Hears of every await point, a call of the world or of the clock, before it begins: a place to kill at. */
-  onAwait?: (input?: object) => void;
+  onAwait?: (input?: object, operation?: string) => void;
 };
 
 /** What a configuration says beside its groups; all but the interval for each of the three queues. */
@@ -107,7 +107,8 @@ export class Stage {
       );
     const wrap = <C extends { send: unknown }>(inner: C): C => {
       const send = (...args: unknown[]) => {
-        if (!dead) onAwait?.((args[0] as { input: object }).input);
+        const command = args[0] as { input: object; constructor: { name: string } };
+        if (!dead) onAwait?.(command.input, command.constructor.name.replace(/Command$/, ""));
         return dead ? never : alive((inner.send as (...a: unknown[]) => Promise<unknown>)(...args));
       };
       return { send } as unknown as C;

@@ -87,6 +87,8 @@ const FEATURES = {
   outages: 0.5,
   /** Describes whose first page is empty, with more behind it. */
   emptyPages: 0.15,
+  /** Daemons that die as they change something: before the call, while it is out, or as its answer comes. */
+  deaths: 0.25,
 } as const;
 export type Feature = keyof typeof FEATURES;
 export const featureNames = Object.keys(FEATURES) as Feature[];
@@ -103,6 +105,7 @@ const LATER = new Set<Feature>([
   "consul",
   "outages",
   "emptyPages",
+  "deaths",
 ]);
 /** What a quiet life may have: nothing of it takes anything away. */
 const GENTLE = new Set<Feature>([
@@ -152,6 +155,25 @@ const MINUTE = 60_000;
 const REST_MINUTES = { usual: 90, unhurried: 240 };
 const STEP_MS = 5_000;
 const BUCKET = "config";
+const CHANGES = [
+  "CreateFleet",
+  "RunInstances",
+  "CreateTags",
+  "AttachInstances",
+  "DetachInstances",
+  "SetInstanceProtection",
+  "UpdateAutoScalingGroup",
+  "CreateOrUpdateTags",
+  "DeleteTags",
+  "TerminateInstances",
+  "TerminateInstanceInAutoScalingGroup",
+  "SendMessageBatch",
+  "DeleteMessageBatch",
+  "ModifyInstanceAttribute",
+  "CreateSnapshot",
+  "CreateVolume",
+  "AttachVolume",
+];
 /** How many times as often calls fail in a storm. */
 const STORM = 4;
 const ZONES = ["us-east-1a", "us-east-1b", "us-east-1c"];
@@ -189,6 +211,8 @@ interface Slot {
   alive: boolean;
   /** At how many more await points it is killed. */
   killIn: number | undefined;
+  /** At which calls it is killed. */
+  killOn: readonly string[];
 }
 
 class Life {
@@ -247,7 +271,7 @@ class Life {
     const count = has("daemons") ? choose(streamOf(seed, "daemons"), 2, 2, 3) : 1;
     const skews = Array.from({ length: count }, () => (has("skew") ? skew.between([-20_000, 20_000]) : 0));
     const isFaulty = this.#isFaulty();
-    const isShaken = ["kills", "sigterms", "sqs", "lostDeletes"].some((f) => has(f as Feature));
+    const isShaken = ["kills", "deaths", "sigterms", "sqs", "lostDeletes"].some((f) => has(f as Feature));
     const isOperated = ["operator", "meddling", "removal", "reconfiguration", "aside"].some((f) => has(f as Feature));
     const traits: Traits = {
       strict: this.#isQuiet,
@@ -330,7 +354,7 @@ class Life {
     Object.assign(world.sqs.unreliability, { duplicates: 0, reorder: 0, partialReceives: 0 });
     this.#rain();
     for (const name of world.autoscaling.groups.keys()) this.#resume(name);
-    for (const slot of this.#slots) slot.killIn = undefined;
+    for (const slot of this.#slots) Object.assign(slot, { killIn: undefined, killOn: [] });
     for (const name of [...this.#leftOut.keys()]) this.#takeIn(name);
     // A replacement that he has put aside would have its old one wait for him.
     for (const { members } of world.autoscaling.groups.values())
@@ -506,7 +530,7 @@ class Life {
     const deafness = has("deafness") ? 0.02 : 0;
     // In a storm in which most calls fail nobody can promise anything within two minutes.
     const isOutage = sum * STORM >= 0.6;
-    const isHampered = sum + deafness > 0 || ["kills", "sigterms", "sqs", "buckets"].some((f) => has(f as Feature));
+    const isHampered = sum + deafness > 0 || ["kills", "deaths", "sigterms", "sqs", "buckets"].some((f) => has(f as Feature));
     this.#watch.data.patienceMs = isOutage ? Number.POSITIVE_INFINITY : isHampered ? MINUTE : 20_000;
     if (!sum && !deafness) return;
     // Faults come in storms; between them little fails.
@@ -1033,13 +1057,14 @@ class Life {
 
   #spawn(skewMs: number): void {
     const name = `daemon ${++this.#spawned}`;
-    const slot: Slot = { skewMs, alive: true, killIn: undefined, daemon: undefined };
+    const slot: Slot = { skewMs, alive: true, killIn: undefined, killOn: [], daemon: undefined };
     const daemon = this.#stage.spawn({
       skewMs,
       config: this.#program.parseConfig(this.#configText()),
       // What is left available is to be reported.
       level: this.#log ? "debug" : this.#watch.data.isUsed ? "warn" : "error",
-      onAwait: (input) => {
+      onAwait: (input, operation) => {
+        if (operation && slot.killOn.includes(operation)) this.#killAround(slot);
         if (input) this.#watch.heard(name, input);
         if (slot.killIn !== undefined && slot.killIn-- <= 0) this.#kill(slot);
       },
@@ -1067,6 +1092,12 @@ class Life {
         choose(streamOf(this.#seed, `how long ${this.#spawned}`), 3_000, 10_000, 60_000),
       ]),
     );
+  }
+  #killAround(slot: Slot): void {
+    slot.killOn = [];
+    const random = streamOf(this.#seed, `death ${this.#spawned}`);
+    if (random.chance(0.3)) this.#kill(slot);
+    else this.#stage.world.after(random.between([1, 80]), () => !this.#isOver && this.#kill(slot));
   }
   #ended(slot: Slot, afterMs: number): void {
     if (!slot.alive) return;
@@ -1108,6 +1139,19 @@ class Life {
           const slot = this.#isOver ? undefined : anyone();
           if (slot) slot.killIn = random.between([0, choose(random, 5, 30, 100)]);
         });
+    if (has("deaths")) {
+      const stream = streamOf(this.#seed, "deaths");
+      for (let n = stream.between([1, 6]); n > 0; n--)
+        world.after(this.#moment(stream), () => {
+          const slot = this.#isOver
+            ? undefined
+            : pick(
+                stream,
+                this.#slots.filter(({ alive }) => alive),
+              );
+          if (slot) slot.killOn = sample(stream, CHANGES, 5);
+        });
+    }
     if (has("sigterms"))
       for (let n = random.between([1, 3]); n > 0; n--)
         world.after(this.#moment(random), () => {
