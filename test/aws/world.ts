@@ -80,6 +80,8 @@ export interface Fault {
   wait?: Promise<unknown>;
   /** No answer, ever, and no effect; only an abort ends it. */
   hang?: boolean;
+  /** No answer, ever, and the effect, after \`delayMs\`, whether or not its caller still waits. */
+  lost?: boolean;
 }
 
 export interface AuditEntry {
@@ -263,6 +265,15 @@ export class World {
       const fault = this.intercept?.({ service, operation, input });
       const latencyMs = this.random.between(this.delays.latencyMs);
       if (fault?.hang) await new Promise<never>((_, reject) => onAbort(signal, reject));
+      if (fault?.lost) {
+        // Its caller hears nothing and gives up; the effect comes all the same.
+        void this.#pass(Math.floor(latencyMs / 2) + (fault.delayMs ?? 0), undefined)
+          .then(() => this.#perform(service, operation, input, undefined))
+          .catch((error) => {
+            if (!(error instanceof AwsError)) throw error;
+          });
+        await new Promise<never>((_, reject) => onAbort(signal, reject));
+      }
       await this.#pass(Math.floor(latencyMs / 2) + (fault?.delayMs ?? 0), signal);
       if (fault?.wait) await fault.wait;
       let answer: object;

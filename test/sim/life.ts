@@ -89,6 +89,8 @@ const FEATURES = {
   emptyPages: 0.15,
   /** Daemons that die as they change something: before the call, while it is out, or as its answer comes. */
   deaths: 0.25,
+  /** Answers that never come, to calls that take effect, at once or when their caller has given up. */
+  unanswered: 0.15,
 } as const;
 export type Feature = keyof typeof FEATURES;
 export const featureNames = Object.keys(FEATURES) as Feature[];
@@ -106,6 +108,7 @@ const LATER = new Set<Feature>([
   "outages",
   "emptyPages",
   "deaths",
+  "unanswered",
 ]);
 /** What a quiet life may have: nothing of it takes anything away. */
 const GENTLE = new Set<Feature>([
@@ -532,14 +535,21 @@ class Life {
     const isOutage = sum * STORM >= 0.6;
     const isHampered = sum + deafness > 0 || ["kills", "deaths", "sigterms", "sqs", "buckets"].some((f) => has(f as Feature));
     this.#watch.data.patienceMs = isOutage ? Number.POSITIVE_INFINITY : isHampered ? MINUTE : 20_000;
-    if (!sum && !deafness) return;
+    const own = streamOf(this.#seed, "unanswered");
+    const unanswered = has("unanswered") ? choose(own, 0.005, 0.02, 0.05) : 0;
+    if (unanswered) this.#watch.data.patienceMs = Math.max(this.#watch.data.patienceMs, MINUTE);
+    if (!sum && !deafness && !unanswered) return;
     // Faults come in storms; between them little fails.
     const storms = Array.from({ length: random.between([1, 4]) }, () => random.between([0, this.#stretchMs]));
     const stormMs = random.between([20_000, 240_000]);
     world.intercept = (call) => {
       const sinceMs = world.now() - this.#startMs;
       const strength = storms.some((s) => sinceMs >= s && sinceMs < s + stormMs) ? STORM : 0.5;
-      return this.#faultOf(call, random, rates, strength, deafness);
+      const fault = sum || deafness ? this.#faultOf(call, random, rates, strength, deafness) : undefined;
+      if (fault || !own.chance(unanswered * strength)) return fault;
+      if (call.operation === "ReceiveMessage") this.#watch.data.nobodyListens();
+      const isLate = call.operation !== "UpdateAutoScalingGroup" && call.operation !== "ReceiveMessage" && own.chance(0.5);
+      return { lost: true, delayMs: isLate ? own.between([1_000, choose(own, 6_000, 12_000)]) : 0 };
     };
   }
 
@@ -1255,7 +1265,7 @@ class Life {
 
   /** AWS's answers are late, lost or refusals. */
   #isFaulty(): boolean {
-    const faults: Feature[] = ["throttles", "errors", "hangs", "slowness", "deafness", "buckets"];
+    const faults: Feature[] = ["throttles", "errors", "hangs", "slowness", "deafness", "buckets", "unanswered"];
     return faults.some((name) => this.#features.has(name));
   }
 
