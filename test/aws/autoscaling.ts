@@ -12,6 +12,7 @@ import type {
   DescribeTagsType,
   DetachInstancesQuery,
   EnterStandbyQuery,
+  ExitStandbyQuery,
   LaunchTemplateOverrides,
   LaunchTemplateSpecification,
   MixedInstancesPolicy,
@@ -355,6 +356,30 @@ export class AutoScaling {
         const activity = this.#begin(group, `Moving EC2 instance to Standby: ${id}`, `${cause}.`);
         this.#end(activity);
         return activity;
+      });
+      this.#poke(group);
+      return { Activities: activities.map(describeActivity) };
+    },
+
+    ExitStandby: (input: ExitStandbyQuery) => {
+      const group = this.#group(input.AutoScalingGroupName);
+      const members = idList(input.InstanceIds, MAX_IDS).map((id) => memberOf(group, id));
+      for (const { state, instance } of members)
+        if (state !== "Standby") throw refuse(`The instance ${instance.id} is not in Standby.`);
+      if (group.desired + sum(members.map((member) => member.weight)) > group.max)
+        throw refuse(
+          `AutoScalingGroup ${group.name} has min-size=${group.min}, max-size=${group.max}, and desired-size=${group.desired}. To remove from standby ${count(members.length)}, please update the AutoScalingGroup sizes appropriately.`,
+        );
+      this.touch(group);
+      const activities = members.map((member) => {
+        const { id } = member.instance;
+        const cause = `At ${isoSeconds(this.#world.now())} instance ${id} was moved out of standby in response to a user request, increasing the capacity from ${group.desired} to ${group.desired + member.weight}.`;
+        group.desired += member.weight;
+        member.state = "Pending";
+        member.activity = this.#begin(group, `Moving EC2 instance out of Standby: ${id}`, cause);
+        this.#world.record("out of standby", [id], group.name);
+        this.#settleIn(group, member);
+        return member.activity;
       });
       this.#poke(group);
       return { Activities: activities.map(describeActivity) };

@@ -482,6 +482,24 @@ test("a replacement in Standby does not keep its claim open and its maximum rais
   expect(s.world.autoscaling.groups.get("web")?.max).toBe(3);
 });
 
+test("a replacement that is in Standby for a while: its old one waits, and goes once it is back", async () => {
+  for (const seconds of [30, 300, 1_800]) {
+    const s = new Stage();
+    const delays = { preaction_detach_delay_seconds: 60 };
+    const old = first(s.group({ name: "web", ...full, max: 5 }, { is_to_handle_rebalance_event: true, ...delays }));
+    await s.start();
+    s.world.rebalance(old);
+    await s.until(() => s.world.audit.some((a) => a.what === "in service"), 60);
+    const web = { AutoScalingGroupName: "web", InstanceIds: s.openClaims() };
+    await s.call("autoscaling", "EnterStandby", { ...web, ShouldDecrementDesiredCapacity: true });
+    await s.seconds(seconds);
+    expect([seconds, s.world.instance(old).group]).toEqual([seconds, "web"]);
+    await s.call("autoscaling", "ExitStandby", web);
+    await s.quiet(3_600);
+    s.check([old], { web: [3, 5, 3] });
+  }
+});
+
 test("a member that describes do not show as one yet is not ended by its own notice", async () => {
   for (let seed = 1; seed <= 20; seed++) {
     const s = new Stage({ seed, staleMs: 8_000 });
