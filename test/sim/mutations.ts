@@ -97,7 +97,7 @@ export const MUTATIONS: Mutation[] = [
     name: "the replacement stays protected from scale-in",
     seed: 1,
     edits: [
-      [/lane\(ctx, name\)\.release\(c\.id\)/, "undefined"],
+      [/filter\(\(c\) => c\.isProtected !== c\.keepProtected\)/, "filter((c) => c.keepProtected)"],
       [/await part\([^\n]* release\(ctx, g\)[^\n]*/, ""],
     ],
   },
