@@ -492,6 +492,10 @@ export class Watch {
       this.find("choice", `${what}, which has ${kind === "soft" ? "no deadline" : "no fallback"}`);
     for (const [key, { value, propagate }] of group.tags)
       if (propagate && claim.tags.get(key) !== value) this.find("choice", `${what} without the group's tag ${key}`);
+    // By that tag it goes back to spot; and an on-demand member stays one.
+    const isFallback = isSpotMember && claim.lifecycle === "on-demand";
+    if (claim.tags.has("spotmax:fallback") !== isFallback)
+      this.find("choice", `${what}, and ${isFallback ? "does not say" : "says"} that it is a fallback`);
     const asideMs = this.#asideMs.get(old) ?? Number.POSITIVE_INFINITY;
     if (group.members.get(old)?.state === "Standby" && asideMs < this.#world.now() - this.#traits.lagMs)
       this.find("choice", `${what}, which is in Standby`);

@@ -55,6 +55,8 @@ export class FakeKube {
   fault: (() => KubeFault | undefined) | undefined;
   /** Hears of each change of a node as it takes effect; `notice`: the one that it was marked for before. */
   onChange: ((what: "cordon" | "uncordon" | "evict", instance: string, notice?: string) => void) | undefined;
+  /** As the API allows where a selector leaves something out: the first page of a list is empty, with more behind it. */
+  emptyFirstPages = false;
   /** Where a pod that has gone appears again, as its controller and a scheduler would have it; undefined: nowhere. */
   schedule: ((candidates: string[]) => string | undefined) | undefined;
   #made = 0;
@@ -159,22 +161,27 @@ export class FakeKube {
     if (path === "/api/v1/nodes") {
       const instances = this.#instances();
       const marked = query.get("labelSelector") === MARK;
-      return Response.json({
-        items: instances.filter((id) => !marked || MARK in this.node(id).labels).map((id) => this.#show(id)),
-      });
+      return this.#list(
+        query,
+        instances.filter((id) => !marked || MARK in this.node(id).labels).map((id) => this.#show(id)),
+      );
     }
     if (name && !instance) return Response.json({ reason: "NotFound" }, { status: 404 });
     if (name && instance && method === "GET") return Response.json(this.#show(instance));
     if (name && instance) return this.#patch(instance, body as Patch, change);
     if (path === "/api/v1/pods") {
       const node = query.get("fieldSelector")?.replace("spec.nodeName=", "");
-      const items = this.pods.filter((pod) => pod.node === node).map(show);
-      return Response.json({ items });
+      return this.#list(query, this.pods.filter((pod) => pod.node === node).map(show));
     }
     if (path.endsWith("/eviction")) return this.#evict(path, body as Eviction, change);
     if (path.endsWith("/events")) return Response.json({}, { status: 201 });
     if (path.endsWith("/selfsubjectaccessreviews")) return Response.json({ status: { allowed: true } }, { status: 201 });
     throw new Error(`the fake knows no ${method} ${path}`);
+  }
+
+  #list(query: URLSearchParams, items: object[]): Response {
+    if (this.emptyFirstPages && !query.has("continue")) return Response.json({ items: [], metadata: { continue: "the rest" } });
+    return Response.json({ items, metadata: {} });
   }
 
   /** Whose node this is, if it has joined. */

@@ -317,6 +317,40 @@ test("a notice with a hard deadline that follows one without: the pods' time is 
   expect(at("detach", old)).toBeLessThanOrEqual(115.5);
 });
 
+test("a list whose first page is empty is read to its end", async () => {
+  const { s, kube, old } = scene();
+  kube.emptyFirstPages = true;
+  await s.start();
+  s.world.interrupt(old);
+  await s.quiet();
+  s.check([old], { web: [3, 5, 3] });
+  expect([kube.podsOn(old).length, kube.pods.length]).toEqual([0, 2 * PODS]);
+});
+
+test("a pod that may take longer than its node has left is given no more than that", async () => {
+  const { s, kube, old, at, claim } = scene();
+  const [slow] = kube.podsOn(old);
+  if (slow) slow.graceSeconds = 600;
+  kube.schedule = () => claim();
+  await s.start();
+  s.world.interrupt(old);
+  await s.quiet();
+  s.check([old], { web: [3, 5, 3] });
+  expect(kube.podsOn(claim()).length).toBe(PODS);
+  expect(at("detach", old)).toBeLessThanOrEqual(115.5);
+});
+
+test("a replacement whose node somebody has cordoned is no place for pods", async () => {
+  const { s, kube, old, kubeAt, claim } = scene();
+  await s.start();
+  s.world.interrupt(old);
+  await s.until(() => claim() !== "", 30);
+  kube.node(claim()).spec.unschedulable = true;
+  await s.quiet();
+  s.check([old], { web: [3, 5, 3] });
+  expect(kubeAt(`evict ${old}`)).toBeWithin(58, 63);
+});
+
 test("a replacement whose node never joins is waited for five minutes after the detach delay, not after twice that", async () => {
   const { s, kube, old } = scene({ is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 900 });
   await s.start();

@@ -997,6 +997,7 @@ class Life {
     const kube = new FakeKube(this.#stage);
     this.#watch.watchCluster(kube);
     const left = new Set<string>();
+    kube.emptyFirstPages = this.#features.has("emptyPages");
     kube.joinSeconds = choose(random, 5, 20, 30, 60, 3_600);
     for (const group of world.autoscaling.groups.values())
       for (const id of group.members.keys()) {

@@ -148,6 +148,16 @@ describe("members in a worse band", () => {
     s.check(olds, { web: [3, 5, 3] });
   });
 
+  test("places without better capacity are remembered side by side", async () => {
+    const { s } = stage({}, { zones: ["us-east-1a", "us-east-1b"] });
+    dry(s, ["m5.large", "m6i.large"]);
+    await start(s);
+    await s.seconds(5 * HOUR);
+    // A call for each band and zone, once.
+    expect(s.world.calls["ec2:CreateFleet"]).toBe(4);
+    expect(tagOf(s, "spotmax:cooldown")).toMatch(/^m4\.large\/[ab]=\S+ m4\.large\/[ab]=\S+$/);
+  });
+
   test("the best band has no capacity: the next better one is taken, and is no reason to cool down", async () => {
     const { s, olds } = stage();
     dry(s, ["m6i.large"]);

@@ -542,6 +542,20 @@ test("rebalance recommendations are handled where the option is on, within the l
   expect(most).toBe(1);
 });
 
+test("no more are ended at a time than the group allows, however long an end takes", async () => {
+  const s = new Stage({ shuttingDownMs: [600_000, 600_000] });
+  const olds = s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true });
+  await s.start();
+  for (const id of olds) s.world.rebalance(id);
+  let most = 0;
+  for (let n = 0; n < 360; n++) {
+    await s.seconds(10);
+    most = Math.max(most, olds.filter((id) => s.world.instance(id).state === "shutting-down").length);
+  }
+  s.check(olds, { web: [3, 5, 3] });
+  expect(most).toBe(1);
+});
+
 test("a rebalance recommendation that turns into a warning launches once", async () => {
   const s = new Stage();
   const old = only(
