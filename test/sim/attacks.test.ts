@@ -71,6 +71,18 @@ test("two daemons that raise one maximum at once terminate nobody and put it bac
   }
 });
 
+test("a maximum that one daemon has recorded, and is slow to raise, keeps its record", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 3, max: 3, desired: 3 }));
+  await s.start();
+  await s.start();
+  let hung = 0;
+  s.world.intercept = ({ operation }) => (operation === "UpdateAutoScalingGroup" && ++hung <= 3 ? { hang: true } : undefined);
+  s.world.interrupt(old);
+  await s.quiet();
+  s.check([old], { web: [3, 3, 3] });
+});
+
 test("one daemon under stale reads never lowers a maximum below desired, and launches once", async () => {
   for (let seed = 1; seed <= 40; seed++) {
     const s = new Stage({ seed, staleMs: 5_000 });
@@ -409,6 +421,23 @@ test("a replacement's replacement that came too late is surplus, also when it st
     expect([notice, ...sizes(s)]).toEqual([notice, 3, 5, 3]);
   }
 });
+test("a message that is delivered again while it is in hand is held by its newest receipt", async () => {
+  const s = new Stage({ pendingMs: [60_000, 60_000] });
+  const old = first(s.group({ name: "web", ...three }));
+  const config = s.config();
+  config.global.interruption_evt_sqs.visibility_timeout_seconds = 10;
+  await s.start({ config });
+  s.world.denied.add("sqs:ChangeMessageVisibilityBatch");
+  s.world.interrupt(old);
+  const messages = () => [...(s.world.sqs.queues.get(s.queues.interruption)?.messages.values() ?? [])];
+  await s.until(() => messages().some((m) => m.receiveCount === 2), 30);
+  s.world.denied.clear();
+  await s.seconds(40);
+  expect(messages().map((m) => m.receiveCount)).toEqual([2]);
+  await s.quiet();
+  s.check([old], { web: [3, 5, 3] });
+});
+
 test("message deletes that are refused do not multiply messages", async () => {
   const s = new Stage();
   const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));

@@ -884,6 +884,53 @@ test("a daemon that dies right after its detach leaves it to the message, which 
   }
 });
 
+test("how an old one left once is not how it leaves after somebody has attached it again", async () => {
+  const s = new Stage();
+  const delays = { preaction_detach_delay_seconds: 60, preaction_termination_delay_seconds: 3_600 };
+  const old = first(s.group({ name: "web", min: 1, max: 9, desired: 3 }, { is_to_handle_rebalance_event: true, ...delays }));
+  await s.start();
+  // The first claim is settled late: so it is asked how the old one has left.
+  let isRefused = true;
+  s.world.intercept = ({ operation, input }) =>
+    isRefused && operation === "CreateTags" && JSON.stringify(input).includes("spotmax:attached")
+      ? { before: new AwsError("InternalError", "internal", 500) }
+      : undefined;
+  s.world.rebalance(old);
+  await s.until(() => s.world.audit.some((a) => a.what === "detach"), 300);
+  await s.seconds(60);
+  isRefused = false;
+  await s.until(() => s.openClaims().length === 0, 300);
+  await s.call("autoscaling", "AttachInstances", { AutoScalingGroupName: "web", InstanceIds: [old] });
+  await s.seconds(900);
+  expect(sizes(s)).toEqual([1, 9, 4]);
+  s.world.rebalance(old);
+  await inService(s);
+  await s.call("ec2", "TerminateInstances", { InstanceIds: [old] });
+  await s.quiet(3 * 3_600);
+  expect([sizes(s), s.world.autoscaling.groups.get("web")?.members.size]).toEqual([[1, 9, 4], 4]);
+});
+
+test("a detach message that is lost is sent once more, and knows that the old one was protected", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));
+  const on = { AutoScalingGroupName: "web", InstanceIds: [old], ProtectedFromScaleIn: true };
+  await s.call("autoscaling", "SetInstanceProtection", on);
+  await s.start();
+  s.world.rebalance(old);
+  // Its message is answered, and lost.
+  const { SendMessageBatch: send } = s.world.sqs.operations;
+  s.world.sqs.operations.SendMessageBatch = (input: { QueueUrl: string; Entries: { Id: string }[] }, context) =>
+    input.QueueUrl === s.queues.detach
+      ? { Successful: input.Entries.map(({ Id }) => ({ Id, MessageId: Id, MD5OfMessageBody: "" })), Failed: [] }
+      : (send?.(input as never, context) ?? {});
+  await s.seconds(60);
+  Object.assign(s.world.sqs.operations, { SendMessageBatch: send });
+  await s.quiet(3_600);
+  const members = s.world.autoscaling.groups.get("web")?.members;
+  expect([sizes(s), members?.has(old)]).toEqual([[3, 5, 3], false]);
+  expect([...(members?.values() ?? [])].filter((m) => m.protected).length).toBe(1);
+});
+
 test("a daemon dies after its attach, and the replacement before the next one comes: the old one goes all the same", async () => {
   const s = new Stage();
   const old = first(s.group({ name: "web", min: 1, max: 6, desired: 3 }, { is_to_handle_rebalance_event: true }));
