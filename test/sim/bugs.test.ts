@@ -15,6 +15,12 @@ const sizes = (s: Stage, name = "web") => {
   const g = s.world.autoscaling.groups.get(name);
   return [g?.min, g?.max, g?.desired];
 };
+/** Who was launched for it alone, or in a batch. */
+const claimOf = (s: Stage, old: string): string => {
+  const claims = [...s.world.ec2.instances.values()].filter((i) => i.tags.get("spotmax:replaces")?.includes(old));
+  const place = first(claims).tags.get("spotmax:replaces")?.split(" ").indexOf(old) ?? 0;
+  return claims.map(({ id }) => id).sort()[place] ?? "";
+};
 /** Until a claim that is none of `known` is in service. */
 async function inService(s: Stage, known: string[] = []): Promise<string> {
   const found = () =>
@@ -882,6 +888,18 @@ test("a daemon that dies right after its detach leaves it to the message, which 
     const isProtected = s.world.autoscaling.groups.get("web")?.members.get(claim)?.protected;
     expect([visibility_timeout_seconds, isProtected]).toEqual([visibility_timeout_seconds, true]);
   }
+});
+
+test("one protected by hand hands that on, though its replacement is never protected beside it", async () => {
+  const s = new Stage();
+  const [old = "", other = ""] = s.group({ name: "web", ...three }, { detaching_delay_seconds: 0 });
+  const on = { AutoScalingGroupName: "web", InstanceIds: [old], ProtectedFromScaleIn: true };
+  await s.call("autoscaling", "SetInstanceProtection", on);
+  await s.start();
+  for (const id of [old, other]) s.world.interrupt(id);
+  await s.quiet();
+  const members = s.world.autoscaling.groups.get("web")?.members;
+  expect([old, other].map((id) => members?.get(claimOf(s, id))?.protected)).toEqual([true, false]);
 });
 
 test("how an old one left once is not how it leaves after somebody has attached it again", async () => {

@@ -147,6 +147,8 @@ export class Watch {
   /** Whom a daemon asked to have replaced, and the Spot Advisor's bands, by type. */
   readonly asked = new Set<string>();
   readonly bands = new Map<string, number>();
+  /** Members whose protection from scale-in is not as their group has it. */
+  readonly byHand = new Set<string>();
   /** Nodes that somebody else had cordoned, by instance. */
   readonly theirs = new Set<string>();
   agents: Agents | undefined;
@@ -405,6 +407,12 @@ export class Watch {
   #claimsOf(old: string): string[] {
     return [...this.claims].flatMap(([id, claim]) => (claim.old === old ? [id] : []));
   }
+  /** As the first of its line was. */
+  #isToBeProtected(id: string, { protects }: Expected): boolean {
+    let first = id;
+    for (let old = this.claims.get(id)?.old; old; old = this.claims.get(old)?.old) first = old;
+    return protects !== this.byHand.has(first);
+  }
   /** All that was ever launched in its place, and in the place of that. */
   #chainOf(old: string, depth = 0): string[] {
     const own = this.#claimsOf(old);
@@ -496,6 +504,9 @@ export class Watch {
     const isFallback = isSpotMember && claim.lifecycle === "on-demand";
     if (claim.tags.has("spotmax:fallback") !== isFallback)
       this.find("choice", `${what}, and ${isFallback ? "does not say" : "says"} that it is a fallback`);
+    const isBack = claim.type === before.type && claim.zone === before.zone && kind === "hard";
+    if (this.#traits.strict && isBack && !this.data.keepsData(name) && this.#hasFreshPool(group, old))
+      this.find("choice", `${what}, from the pool that AWS takes it back to (${claim.type} in ${claim.zone})`);
     const asideMs = this.#asideMs.get(old) ?? Number.POSITIVE_INFINITY;
     if (group.members.get(old)?.state === "Standby" && asideMs < this.#world.now() - this.#traits.lagMs)
       this.find("choice", `${what}, which is in Standby`);
@@ -516,6 +527,18 @@ export class Watch {
     inHand.delete(old);
     if (inHand.size >= expected.limit)
       this.find("choice", `${what} beside ${[...inHand].join(" ")}, and ${name} may have ${expected.limit} in hand`);
+  }
+
+  /** The group offers one of this member's weight that no notice names. */
+  #hasFreshPool(group: Group, old: string): boolean {
+    const noticed = [...this.notices].flatMap(([id, { deadlineMs }]) =>
+      Number.isFinite(deadlineMs) ? [this.#instance(id)] : [],
+    );
+    const taken = new Set(noticed.map((instance) => `${instance?.type} ${instance?.zone}`));
+    const offers = (group.mixed?.LaunchTemplate?.Overrides ?? []).flatMap(({ InstanceType: type, WeightedCapacity }) =>
+      type && Number(WeightedCapacity ?? 1) === this.#weightOf(group.name, old) ? [type] : [],
+    );
+    return offers.some((type) => group.subnets.some(({ zone }) => !taken.has(`${type} ${zone}`)));
   }
 
   /** One that we let go lives on for as long as the configuration says. */
@@ -1037,7 +1060,7 @@ export class Watch {
       if (group.desired < wanted - expected.below || group.desired > wanted + expected.above)
         this.find("2", `desired of ${name} is ${group.desired} and was ${wanted}`);
       for (const [id, member] of group.members)
-        if (this.claims.has(id) && member.state === "InService" && member.protected !== expected.protects)
+        if (this.claims.has(id) && member.state === "InService" && member.protected !== this.#isToBeProtected(id, expected))
           this.find("2", `${id} is ${member.protected ? "still" : "no longer"} protected from scale-in`);
     }
     for (const id of this.theirs)

@@ -476,6 +476,13 @@ class Life {
         )
       : world.createGroup(spec).instanceIds;
     if (data) this.#watch.data.enrol(name, data.device, ids);
+    // Where things fail, whoever finishes what another has begun takes it to be as its group has them.
+    const byHand = streamOf(this.#seed, `protection ${name}`);
+    for (const id of this.#isQuiet ? ids.filter(() => byHand.chance(0.2)) : []) {
+      const member = world.autoscaling.groups.get(name)?.members.get(id);
+      if (member) member.protected = !isProtected;
+      this.#watch.byHand.add(id);
+    }
     if (this.#features.has("young"))
       for (const id of ids)
         if (random.chance(0.5)) world.instance(id).launchedAtMs = this.#startMs - random.between([0, 9 * MINUTE]);
