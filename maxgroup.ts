@@ -3024,12 +3024,16 @@ const isUntold = async (ctx: Ctx, group: string, old: string) =>
  * What became of the one that a claim stands for in the end: where that was itself a claim nobody had settled yet, its
  * own old one decides, for each attach in the chain has added one to desired.
  */
-async function fateOf(ctx: Ctx, group: Group, old: string, depth = 0): Promise<"staying" | HowLeft> {
+async function fateOf(ctx: Ctx, group: Group, claim: string, old: string, depth = 0): Promise<"staying" | HowLeft> {
   if (isStaying(group.members.get(old))) return "staying";
   const how = await howOldLeft(ctx, group.name, old);
   if (how !== "decremented" || depth > 6) return how;
   const before = await openClaimOn(ctx, old);
-  return before ? fateOf(ctx, group, before, depth + 1) : how;
+  if (!before) return how;
+  // Of two that were launched for it one went: whoever replaced that one is too many as long as the other is there.
+  const { claim: other } = await claimOn(ctx, before);
+  if (other && other.id !== claim && group.members.has(other.id)) return "substituted";
+  return fateOf(ctx, group, claim, before, depth + 1);
 }
 /** Whom this instance was to replace, if it is a claim of ours that was never settled. */
 async function openClaimOn(ctx: Ctx, id: string): Promise<string | undefined> {
@@ -3314,7 +3318,8 @@ async function waitForReplacement(ctx: Ctx, work: Work): Promise<Result> {
     if (what !== "wait" && group) {
       // A replacement that stood for one whom the group has substituted already is one too many as it is.
       const before = what === "substitute" && !work.refused ? await openClaimOn(ctx, work.instance) : undefined;
-      work.decrement = what === "decrement" || (before !== undefined && (await fateOf(ctx, group, before)) === "substituted");
+      work.decrement =
+        what === "decrement" || (before !== undefined && (await fateOf(ctx, group, work.instance, before)) === "substituted");
       return done;
     }
     if (work.deadlineMs === undefined) {
@@ -3461,7 +3466,7 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
       claim &&
       (await openClaimOn(ctx, claim)) &&
       isStaying(now.members.get(claim)) &&
-      (await fateOf(ctx, now, instance)) === "decremented"
+      (await fateOf(ctx, now, claim, instance)) === "decremented"
     ) {
       if (now.members.get(claim)?.lifecycleState !== "InService") return again(`${claim} is not in service yet`);
       await settle(ctx, group, [{ id: claim, keepProtected: work.oldProtected }]);
@@ -5051,7 +5056,14 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       const name = member?.group ?? claim.tags[TAG.group] ?? "";
       const group = await groupOf(ctx, name);
       const old = replacedBy(claim);
-      return { claim, member, name, group, old, fate: old && group ? await fateOf(ctx, group, old) : ("unknown" as const) };
+      return {
+        claim,
+        member,
+        name,
+        group,
+        old,
+        fate: old && group ? await fateOf(ctx, group, claim.id, old) : ("unknown" as const),
+      };
     }),
   );
   const rivals = Map.groupBy(ctx.state.claims.values(), (c) => replacedBy(c) ?? "");

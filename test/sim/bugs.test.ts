@@ -1240,3 +1240,20 @@ test("a notice that waits for its turn goes when its group is deleted", async ()
   void maxgroup.checkGroups(daemon.ctx);
   await s.quiet();
 });
+
+test("the replacement of a rival that went is one too many beside the other one", async () => {
+  const s = new Stage({ pendingMs: [6_000, 6_000] });
+  const old = first(s.group({ name: "web", min: 1, max: 9, desired: 3 }, { detaching_delay_seconds: 60 }));
+  await s.start();
+  s.world.interrupt(old);
+  const one = await inService(s);
+  // Another daemon has launched one as well, and taken the first for lost before it saw it as a member.
+  const tags = { "spotmax:group": "web", "spotmax:replaces": old };
+  const rival = s.world.createInstance({ tags, ageSeconds: 10 });
+  s.world.instance(one).tags.set("spotmax:lost", "2026-01-01T00:00:10.000Z");
+  s.world.interrupt(one, { withoutReclaim: true });
+  await s.until(() => s.openClaims().length === 3, 60);
+  await s.call("autoscaling", "AttachInstances", { AutoScalingGroupName: "web", InstanceIds: [rival.id] });
+  await s.quiet(3_600);
+  expect([sizes(s), rival.group]).toEqual([[1, 9, 3], "web"]);
+});
