@@ -170,6 +170,8 @@ export class Watch {
   readonly #outOfServiceMs = new Map<string, number>();
   /** Of what is out of service: the group that it was in. */
   readonly #leftGroup = new Map<string, string>();
+  /** When the minimum last refused to let a daemon have it. */
+  readonly #keptMs = new Map<string, number>();
   /** When a message about an instance last went to a queue: "QUEUE INSTANCE". */
   readonly #sentMs = new Map<string, number>();
   readonly #orders = new Map<string, string>();
@@ -377,9 +379,13 @@ export class Watch {
   }
   /**
    * Its group's minimum allows one fewer. Where it does not, and nothing presses, old and new both stay: the operator
-   * wanted so many, and a detach without decrement would only launch a third.
+   * wanted so many, and a detach without decrement would only launch a third. What has just been refused stays, whatever
+   * has changed since.
    */
   #canGo(id: string): boolean {
+    return this.#fits(id) && (this.#keptMs.get(id) ?? 0) < this.#world.now() - this.#traits.lagMs;
+  }
+  #fits(id: string): boolean {
     const group = this.#groupOf(this.#instance(id));
     return group !== undefined && group.desired - this.#weightOf(group.name, id) >= group.min;
   }
@@ -639,6 +645,8 @@ export class Watch {
 
     this.#around<DetachInstancesQuery>("autoscaling", "DetachInstances", (input, perform) => {
       this.#configured("a detach", input.AutoScalingGroupName);
+      const isKept = (id: string) => input.ShouldDecrementDesiredCapacity && !this.#fits(id);
+      for (const id of (input.InstanceIds ?? []).filter(isKept)) this.#keptMs.set(id, this.#world.now());
       const answer = perform(); // what is refused has no effect to be judged
       for (const id of input.InstanceIds ?? []) this.#judgeDetach(id, input);
       return answer;
