@@ -31,22 +31,48 @@ async function inService(s: Stage, known: string[] = []): Promise<string> {
   return found() ?? "";
 }
 
+/** For `ms` from now no describe shows that this one is a member. */
+function hide(s: Stage, id: string, ms: number): void {
+  const { operations } = s.world.autoscaling;
+  const { DescribeAutoScalingInstances: find, DescribeAutoScalingGroups: read } = operations;
+  const untilMs = s.clock.now() + ms;
+  const without = <T extends { InstanceId?: string }>(all: T[]) =>
+    all.filter((one) => one.InstanceId !== id || s.clock.now() > untilMs);
+  const DescribeAutoScalingInstances = (input: never) => {
+    const answer = find?.(input, {}) as { AutoScalingInstances: object[] };
+    return { ...answer, AutoScalingInstances: without(answer.AutoScalingInstances) };
+  };
+  const DescribeAutoScalingGroups = (input: never) => {
+    const answer = read?.(input, {}) as { AutoScalingGroups: { Instances: object[] }[] };
+    return { AutoScalingGroups: answer.AutoScalingGroups.map((g) => ({ ...g, Instances: without(g.Instances) })) };
+  };
+  Object.assign(operations, { DescribeAutoScalingInstances, DescribeAutoScalingGroups });
+}
+/** What a group does is told in its activities only after `ms`. */
+function lagActivities(s: Stage, ms: number): void {
+  const { DescribeScalingActivities: describe } = s.world.autoscaling.operations;
+  const lagging = (input: never) => {
+    const answer = describe?.(input, {}) as { Activities: { StartTime: Date }[] };
+    return { ...answer, Activities: answer.Activities.filter((a) => a.StartTime.getTime() < s.clock.now() - ms) };
+  };
+  Object.assign(s.world.autoscaling.operations, { DescribeScalingActivities: lagging });
+}
+
 test("a replacement replaced while the first old one is still a member stands in for both", async () => {
-  const s = new Stage({ pendingMs: [6_000, 6_000] });
+  const s = new Stage({ pendingMs: [6_000, 6_000], replaceMs: [5_000, 5_000] });
   const old = first(s.group({ name: "web", min: 1, max: 5, desired: 3 }));
   await s.start();
-  // The answer that brings the first one's detach message is lost: it comes again in a minute.
-  const queue = s.world.sqs.queues.get(s.queues.detach);
-  const isLost = () => [...(queue?.messages.values() ?? [])].some((m) => m.receiveCount > 0);
-  let lost = false;
-  s.world.intercept = ({ operation, input }) => {
-    if (operation !== "ReceiveMessage" || (input as { QueueUrl: string }).QueueUrl !== s.queues.detach) return undefined;
-    lost ||= isLost();
-    return lost ? undefined : { after: new AwsError("InternalError", "internal", 500) };
-  };
+  // The first one cannot be let go.
+  s.world.intercept = ({ operation, input }) =>
+    operation === "DetachInstances" && (input as { InstanceIds: string[] }).InstanceIds.includes(old)
+      ? { before: new AwsError("ResourceContention", "busy", 500) }
+      : undefined;
   s.world.interrupt(old);
   const one = await inService(s);
   s.world.interrupt(one);
+  await s.until(() => s.world.instance(one).group === undefined, 90);
+  // So that one goes by itself, and its group substitutes it.
+  await s.until(() => s.world.instance(old).group === undefined, 200);
   await s.quiet(3600);
   expect(sizes(s)).toEqual([1, 5, 3]);
 });
@@ -78,7 +104,7 @@ test("a copy made before the group could be read does not forget that the old on
   const s = new Stage();
   const old = first(s.group({ name: "web", ...three, protected: true }));
   await s.start();
-  const untilMs = s.clock.now() + 15_000;
+  const untilMs = s.clock.now() + 30_000;
   s.world.intercept = ({ operation }) =>
     operation === "DescribeAutoScalingGroups" && s.clock.now() < untilMs
       ? { before: new AwsError("Throttling", "Rate exceeded") }
@@ -90,8 +116,8 @@ test("a copy made before the group could be read does not forget that the old on
 
 test("a slow call that protects the replacement does not outlive its claim", async () => {
   for (let seed = 1; seed <= 20; seed++) {
-    const s = new Stage({ seed, staleMs: 5_000, attachMs: [1_000, 1_000] });
-    const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 0 }));
+    const s = new Stage({ seed, staleMs: 5_000, attachMs: [1_000, 1_000], healthyMs: [500, 500] });
+    const old = first(s.group({ name: "web", ...three, targetGroups: ["tg"] }, { detaching_delay_seconds: 0 }));
     await s.start();
     s.world.intercept = ({ operation, input }) =>
       operation === "SetInstanceProtection" && (input as { ProtectedFromScaleIn: boolean }).ProtectedFromScaleIn
@@ -209,14 +235,21 @@ test("Launch suspended between launch and attach, and resumed: the replacement w
 
 test("an interruption of one that was just let go does not forget that it was protected", async () => {
   const s = new Stage();
-  const old = first(s.group({ name: "web", ...three, protected: true }, { is_to_handle_rebalance_event: true }));
-  const daemon = await s.start();
+  const delays = { detaching_delay_seconds: 0, preaction_detach_delay_seconds: 60 };
+  const old = first(s.group({ name: "web", ...three, protected: true }, { is_to_handle_rebalance_event: true, ...delays }));
+  const config = s.config();
+  config.global.detach_evt_sqs.visibility_timeout_seconds = 300;
+  const daemon = await s.start({ config });
+  s.world.intercept = ({ operation }) => {
+    // Nobody settles the claim before the interruption's own detach message does.
+    if (operation === "DetachInstances") daemon.kill();
+    return undefined;
+  };
   s.world.rebalance(old);
   await s.until(() => s.world.audit.some((a) => a.what === "detach"), 300);
-  // Nobody settles the claim before the interruption's own detach message does.
-  daemon.kill();
+  s.world.intercept = undefined;
   await s.until(() => s.world.instance(old).group === undefined, 60);
-  await s.start();
+  await s.start({ config });
   s.world.interrupt(old);
   await s.quiet(3600);
   s.check([old], { web: [3, 5, 3] });
@@ -299,7 +332,12 @@ test("half an answer about a group changes no size", async () => {
 
 test("a second notice, read when the old one has left, does not take the replacement's protection away", async () => {
   const s = new Stage();
-  const old = first(s.group({ name: "web", ...three, protected: true }));
+  const old = first(s.group({ name: "web", ...three }));
+  await s.call("autoscaling", "SetInstanceProtection", {
+    AutoScalingGroupName: "web",
+    InstanceIds: [old],
+    ProtectedFromScaleIn: true,
+  });
   const daemon = await s.start();
   let isOut = false;
   s.world.intercept = ({ operation }) => {
@@ -315,7 +353,9 @@ test("a second notice, read when the old one has left, does not take the replace
   await s.seconds(5);
   await s.start();
   await s.quiet(3600);
-  s.check([old], { web: [3, 5, 3] });
+  await s.seconds(200);
+  const [claim] = [...s.world.ec2.instances.values()].filter((i) => i.tags.has("spotmax:attached"));
+  expect(s.world.autoscaling.groups.get("web")?.members.get(claim?.id ?? "")?.protected).toBe(true);
 });
 
 test("a replacement interrupted just after it was released does not hand on a protection that is over", async () => {
@@ -400,6 +440,8 @@ test("recommendations that wait for their turn do not hold up an interruption of
   for (const id of others) s.world.rebalance(id);
   await s.seconds(90);
   s.world.interrupt(old);
+  const isForIt = (id: string) => s.world.instance(id).tags.get("spotmax:replaces") === old;
+  await s.until(() => s.world.audit.some((a) => a.what === "attach" && a.ids.some(isForIt)), 40);
   await s.seconds(150);
   expect(s.world.instance(old).state).not.toBe("running");
   expect(s.least("web")).toBe(300);
@@ -457,6 +499,7 @@ async function twoRaised(): Promise<{ s: Stage; raised: () => string[] }> {
 
 test("a group that is being deleted does not keep the maximums of others raised", async () => {
   const { s, raised } = await twoRaised();
+  await s.until(() => s.openClaims().length === 1, 60); // that of api is settled
   await s.call("autoscaling", "DeleteAutoScalingGroup", { AutoScalingGroupName: "api", ForceDelete: true });
   // Nothing says that a forced deletion takes the maximum along.
   Object.assign(s.world.autoscaling.groups.get("api") ?? {}, { max: 4 });
@@ -712,13 +755,7 @@ test("one that is let go without decrement, while its group's activities lag, do
   const s = new Stage({ pendingMs: [116_000, 116_000] });
   const old = first(s.group({ name: "web", min: 1, max: 6, desired: 3 }));
   await s.start();
-  const { DescribeScalingActivities: describe } = s.world.autoscaling.operations;
-  const lagging = (input: never) => {
-    const answer = describe?.(input, {}) as { Activities: { StartTime: Date }[] };
-    const Activities = answer.Activities.filter((a) => a.StartTime.getTime() < s.clock.now() - 8_000);
-    return { ...answer, Activities };
-  };
-  Object.assign(s.world.autoscaling.operations, { DescribeScalingActivities: lagging });
+  lagActivities(s, 8_000);
   s.world.interrupt(old);
   const [claim] = await s.until(() => s.openClaims().length > 0, 60).then(() => s.openClaims());
   await s.until(() => s.world.audit.some((a) => a.what === "attach" && a.ids.includes(claim ?? "")), 180);
@@ -961,6 +998,7 @@ test("a daemon dies after its attach, and the replacement before the next one co
   s.world.ec2.terminate(s.world.instance(claim), "Client.UserInitiatedShutdown: by hand");
   await s.seconds(5);
   await s.start();
+  await s.until(() => s.world.instance(old).group === undefined, 240);
   await s.quiet(3_600);
   await s.seconds(900);
   expect(sizes(s)).toEqual([1, 6, 3]);
@@ -1138,24 +1176,10 @@ test("a replacement that is attached as it grows too old to be left outside is n
   const web = { AutoScalingGroupName: "web", ScalingProcesses: ["Launch"] };
   await s.call("autoscaling", "SuspendProcesses", web);
   await s.until(() => s.clock.now() > s.world.instance(claim).launchedAtMs + 590_000, 700);
-  // Nobody sees for some seconds that it is a member.
-  const { operations } = s.world.autoscaling;
-  const { DescribeAutoScalingInstances: find, DescribeAutoScalingGroups: read } = operations;
-  const untilMs = s.clock.now() + 20_000;
-  const without = <T extends { InstanceId?: string }>(all: T[]) =>
-    all.filter((one) => one.InstanceId !== claim || s.clock.now() > untilMs);
-  const DescribeAutoScalingInstances = (input: never) => {
-    const answer = find?.(input, {}) as { AutoScalingInstances: object[] };
-    return { ...answer, AutoScalingInstances: without(answer.AutoScalingInstances) };
-  };
-  const DescribeAutoScalingGroups = (input: never) => {
-    const answer = read?.(input, {}) as { AutoScalingGroups: { Instances: object[] }[] };
-    return { AutoScalingGroups: answer.AutoScalingGroups.map((g) => ({ ...g, Instances: without(g.Instances) })) };
-  };
-  Object.assign(operations, { DescribeAutoScalingInstances, DescribeAutoScalingGroups });
+  hide(s, claim, 20_000);
   await s.call("autoscaling", "ResumeProcesses", web);
   await s.until(() => s.world.audit.some((a) => a.what === "attach" && a.ids.includes(claim)), 60);
-  await s.until(() => s.clock.now() > untilMs, 60);
+  await s.seconds(20);
   expect([s.world.instance(claim).state, s.world.instance(claim).group]).toEqual(["running", "web"]);
   await s.quiet(3_600);
   expect(sizes(s)).toEqual([1, 6, 3]);
@@ -1225,6 +1249,82 @@ test("a notice that waits for its turn is judged afresh: its group may be out by
     const replaced = [...s.world.ec2.instances.values()].flatMap((i) => i.tags.get("spotmax:replaces") ?? []);
     expect([change, replaced, s.world.instance(one).group]).toEqual([change, [one], undefined]);
   }
+});
+
+test("a replacement whose own notice comes as it is attached is ended by nobody, though it does not show as a member", async () => {
+  for (const daemons of [1, 2]) {
+    const s = new Stage();
+    const old = first(s.group({ name: "web", min: 1, max: 6, desired: 3 }));
+    for (let n = 0; n < daemons; n++) await s.start();
+    s.world.interrupt(old);
+    await s.until(() => s.openClaims().length === 1, 60);
+    const claim = first(s.openClaims());
+    hide(s, claim, 70_000);
+    await s.until(() => s.world.audit.some((a) => a.what === "attach" && a.ids.includes(claim)), 60);
+    s.world.interrupt(claim, { duplicates: 3 });
+    await s.seconds(75);
+    expect([daemons, s.world.instance(claim).state, s.world.instance(claim).group]).toEqual([daemons, "running", "web"]);
+    await s.quiet(3_600);
+    expect([daemons, sizes(s)]).toEqual([daemons, [1, 6, 3]]);
+  }
+});
+
+test("a replacement that is one too many, and has none of its own, takes one from desired as it goes", async () => {
+  const s = new Stage({ replaceMs: [2_000, 2_000] });
+  const delays = { detaching_delay_seconds: 90 };
+  const old = first(s.group({ name: "web", min: 1, max: 5, desired: 3 }, { is_enable_od_fallback: false, ...delays }));
+  const pools = ["m5.large", "m5a.large", "m4.large"].flatMap((type) =>
+    [..."abc"].map((zone) => s.world.pool("spot", type, `us-east-1${zone}`)),
+  );
+  await s.start();
+  s.world.interrupt(old, { keepCapacity: true });
+  const claim = await inService(s);
+  // From here on there is nothing to be had, not for its group either, which is to substitute the old one.
+  const offer = (capacity: number) => pools.map((pool) => Object.assign(pool, { capacity }));
+  offer(0);
+  await s.call("ec2", "TerminateInstances", { InstanceIds: [old] });
+  await s.until(() => s.world.instance(old).group === undefined, 60);
+  offer(0); // not even its own place
+  s.world.interrupt(claim, { keepCapacity: true });
+  await s.until(() => s.world.instance(claim).group === undefined, 130);
+  offer(9);
+  await s.seconds(120);
+  await s.quiet(3_600);
+  expect(sizes(s)).toEqual([1, 5, 3]);
+});
+
+test("without a hard deadline a replacement that has just died as a member is waited for, until its group substitutes it", async () => {
+  const s = new Stage({ healthyMs: [1e9, 1e9], replaceMs: [60_000, 60_000] });
+  const on = { is_to_handle_rebalance_event: true, preaction_detach_delay_seconds: 60 };
+  const old = first(s.group({ name: "web", min: 1, max: 5, desired: 3, targetGroups: ["tg"] }, on));
+  await s.start();
+  s.world.rebalance(old);
+  const claim = await inService(s);
+  await s.seconds(480);
+  expect(s.world.instance(old).group).toBe("web");
+  await s.call("ec2", "TerminateInstances", { InstanceIds: [claim] });
+  await s.until(() => s.world.instance(old).group === undefined, 180);
+  await s.quiet(3_600);
+  expect(sizes(s)).toEqual([1, 5, 3]);
+});
+
+test("an old one that its group takes in the second of its detach, while its activities lag, is known as substituted", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 1, max: 6, desired: 3 }));
+  await s.start();
+  lagActivities(s, 8_000);
+  // As AZRebalance does: another one comes in its place.
+  const taken = { InstanceId: old, ShouldDecrementDesiredCapacity: false };
+  let isTaken = false;
+  s.world.intercept = ({ operation }) => {
+    if (operation !== "DetachInstances" || isTaken) return undefined;
+    isTaken = true;
+    void s.world.call("autoscaling", "TerminateInstanceInAutoScalingGroup", taken);
+    return { delayMs: 1_000 };
+  };
+  s.world.interrupt(old);
+  await s.quiet(3_600);
+  expect([isTaken, sizes(s)]).toEqual([true, [1, 6, 3]]);
 });
 
 test("a notice that waits for its turn goes when its group is deleted", async () => {

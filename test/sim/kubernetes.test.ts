@@ -368,8 +368,11 @@ test("a node that waits for its drain stays cordoned while its replacement's own
   await s.start();
   s.world.rebalance(old);
   await s.until(() => MARK in kube.node(old).annotations, 120);
+  // Its replacement goes, and is long about it.
+  s.world.delays.shuttingDownMs = [400_000, 400_000];
+  await s.seconds(300);
   s.world.interrupt(claim());
-  await s.seconds(1_500);
+  await s.seconds(1_200);
   expect([s.world.instance(old).group, kube.node(old).spec.unschedulable]).toEqual(["web", true]);
   expect(kube.changes.filter(({ what }) => what.startsWith("uncordon"))).toEqual([]);
   await s.quiet(3_600);

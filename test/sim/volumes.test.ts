@@ -659,6 +659,56 @@ test("a replacement interrupted before its old one's data is kept hands no empty
   expect([ownerOf(s, data), stateOf(s, empty) ?? "deleted"]).toEqual([`${third} /dev/sdz`, "deleted"]);
 });
 
+test("no snapshot is made of a volume that shows as available while the one that it was attached to is still on its way out", async () => {
+  const s = new Stage({ shuttingDownMs: [40_000, 40_000], snapshotMs: [30_000, 30_000] });
+  const old = first(s.group(fleet(), { ...options, detaching_delay_seconds: 0, is_enable_od_fallback: false }));
+  const { zone } = s.world.instance(old);
+  await s.start();
+  for (const pool of spotPools(s, zone)) pool.capacity = 0;
+  s.world.interrupt(old, { keepCapacity: true });
+  const second = await inService(s, old);
+  await s.until(() => s.world.audit.some(({ what, ids }) => what === "volume attach" && ids.includes(second)), 900);
+  const copy = volumeAt(s, second, "/dev/sdz");
+  // From here on for a minute describes show it as it was before.
+  const untilMs = s.clock.now() + 60_000;
+  const { DescribeVolumes: describe } = s.world.ec2.operations;
+  const lagging = (input: never) => {
+    const answer = describe?.(input, {}) as { Volumes: { VolumeId: string }[] };
+    const before = (v: { VolumeId: string }) => (v.VolumeId === copy ? { ...v, State: "available", Attachments: [] } : v);
+    return s.clock.now() < untilMs ? { ...answer, Volumes: answer.Volumes.map(before) } : answer;
+  };
+  Object.assign(s.world.ec2.operations, { DescribeVolumes: lagging });
+  for (const pool of spotPools(s, s.world.instance(second).zone)) pool.capacity = 0;
+  s.world.interrupt(second, { keepCapacity: true });
+  await s.until(() => s.world.instance(second).state === "shutting-down", 120);
+  await s.seconds(25);
+  s.world.ec2.write(copy, "the last words");
+  await s.quiet(7_200);
+  const third = claimOf(s, second);
+  expect(s.world.ec2.dataOf(volumeAt(s, third, "/dev/sdz")).writes).toEqual(["the last words"]);
+});
+
+test("a copy for one that has its data by now is named, for it costs money", async () => {
+  const s = new Stage();
+  const old = first(s.group(fleet(), options));
+  const data = volumeAt(s, old, DEVICE);
+  await s.start();
+  s.world.interrupt(old);
+  await s.quiet();
+  const claim = claimOf(s, old);
+  // As two daemons leave it that had each a copy under way.
+  const Tags = [
+    { Key: "spotmax:group", Value: "db" },
+    { Key: "spotmax:volume", Value: claim },
+  ];
+  const TagSpecifications = [{ ResourceType: "volume", Tags }];
+  const copy = { AvailabilityZone: s.world.instance(claim).zone, Size: 400, VolumeType: "gp3", TagSpecifications };
+  const { VolumeId = "" } = (await s.call("ec2", "CreateVolume", copy)) as { VolumeId?: string };
+  await s.seconds(3_600);
+  expect([ownerOf(s, data), stateOf(s, VolumeId)]).toEqual([`${claim} /dev/sdz`, "available"]);
+  expect(warnings(s, VolumeId)).toEqual([expect.stringContaining(`its data goes on in ${data}`)]);
+});
+
 test("the data is kept in a group that is left out, and where the launch of a replacement waits", async () => {
   for (const why of ["left out", "suspended"]) {
     const s = new Stage();
