@@ -83,6 +83,22 @@ test("a maximum that one daemon has recorded, and is slow to raise, keeps its re
   s.check([old], { web: [3, 3, 3] });
 });
 
+test("a daemon that dies as it raises a maximum has recorded it before", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 3, max: 3, desired: 3 }));
+  const daemon = await s.start();
+  s.world.intercept = ({ operation }) => {
+    if (operation === "UpdateAutoScalingGroup") daemon.kill();
+    return undefined;
+  };
+  s.world.interrupt(old);
+  await s.until(() => s.world.autoscaling.groups.get("web")?.max === 6, 60);
+  s.world.intercept = undefined;
+  await s.start();
+  await s.quiet();
+  s.check([old], { web: [3, 3, 3] });
+});
+
 test("one daemon under stale reads never lowers a maximum below desired, and launches once", async () => {
   for (let seed = 1; seed <= 40; seed++) {
     const s = new Stage({ seed, staleMs: 5_000 });

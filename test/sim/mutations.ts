@@ -262,6 +262,27 @@ export const MUTATIONS: Mutation[] = [
       [/const other = replacement\?\.id === instance [^;]*;/, "const other = undefined;"],
     ],
   },
+  {
+    name: "an on-demand fallback does not say so",
+    seed: 36,
+    edits: [[/const isFallback = lifecycle === "on-demand" && [^;]*;/, "const isFallback = false;"]],
+  },
+  {
+    name: "the pool that is being reclaimed is asked again",
+    seed: 22,
+    edits: [[/if \(old\?\.spot\) remember\(ctx, "spot", [^;]*;/, ""]],
+  },
+  {
+    name: "protection is taken to be as the group has it",
+    seed: 34,
+    edits: [[/if \(isOurs \|\| \(!member && !notice\.carried\)\) work/, "if (!notice.carried) work"]],
+  },
+  {
+    name: "of a cluster's lists only the first page is read",
+    given: ["pods", "emptyPages"],
+    seed: 96,
+    edits: [[/next = meta\.continue;/, "next = undefined;"]],
+  },
 ];
 
 const FOLDER = join(import.meta.dir, "../../node_modules/.cache/mutants");

@@ -295,6 +295,16 @@ test.each([
   expect(detach.detail).toContain("with decrement");
 });
 
+test("a replacement that nobody has registered with its target group is not healthy", async () => {
+  const s = new Stage();
+  const old = only(s.group({ name: "web", ...three, targetGroups: ["tg"], suspended: ["AddToLoadBalancer"] }));
+  await s.start();
+  const startMs = s.clock.now();
+  s.world.interrupt(old);
+  await s.until(() => s.world.audit.some((a) => a.what === "detach"), 120);
+  expect((s.clock.now() - startMs) / 1000).toBeWithin(88, 93);
+});
+
 test("a target group that is gone keeps nobody waiting", async () => {
   const s = new Stage();
   const old = only(s.group({ name: "web", ...three, targetGroups: ["tg"] }, { is_to_handle_rebalance_event: true }));
