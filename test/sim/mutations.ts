@@ -18,7 +18,7 @@ export interface Mutation {
 export const MUTATIONS: Mutation[] = [
   {
     name: "every launch call has a token of its own",
-    seed: 53,
+    seed: 33,
     edits: [
       [
         /`launching \$\{count\} \$\{lifecycle\}`,\s*\(o\) => [^\n]*/,
@@ -47,7 +47,7 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "the old one is detached before the new one is attached",
-    seed: 3,
+    seed: 4,
     edits: [
       [
         /if \(standing === "healthy" && !refused\) return "decrement";/,
@@ -60,7 +60,7 @@ export const MUTATIONS: Mutation[] = [
   {
     name: "what is in no group is never swept up",
     given: ["rebalance", "meddling", "waves"],
-    seed: 15,
+    seed: 1,
     edits: [[/return x\.ageMs > LEAK_MS \? "end outside" : "leave";/, 'return "leave";']],
   },
   {
@@ -106,7 +106,7 @@ export const MUTATIONS: Mutation[] = [
     seed: 11,
     edits: [[/const claim = await standsFor\(ctx, work\.instance\);/, "const claim = winner([]);"]],
   },
-  { name: "a batch is tagged in the order of the answer", seed: 86, edits: [[/\n {2}ids\.sort\(\);/, ""]] },
+  { name: "a batch is tagged in the order of the answer", seed: 5, edits: [[/\n {2}ids\.sort\(\);/, ""]] },
   {
     name: "preaction takes whom it finds, however young",
     seed: 21,
@@ -119,7 +119,7 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "preaction turns to on-demand",
-    seed: 51,
+    seed: 59,
     edits: [[/rungsFor\(spotMember, deadlineMs !== undefined,/, "rungsFor(spotMember, true,"]],
   },
   {
