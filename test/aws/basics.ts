@@ -118,15 +118,20 @@ export function operationSchema(service: Service, operation: string): OperationS
   return Array.isArray(found) && found[0] === Kind.operation ? { input: found[4], output: found[5] } : undefined;
 }
 
-/** The name under which the SDK throws an error: its shape's, which may not be the code on the wire (ResourceContentionFault). */
-export function exceptionName(service: Service, code: string): string {
-  for (const exported of Object.values<unknown>({ ...packages[service] })) {
-    if (!Array.isArray(exported) || exported[0] !== Kind.error) continue;
-    const onWire: unknown = Reflect.get(Object(exported[3]), "awsQueryError");
-    if (Array.isArray(onWire) && onWire[0] === code) return String(exported[2]);
-  }
-  return code;
-}
+/** By service and code on the wire: the names under which the SDK throws what has another name there (ResourceContentionFault). */
+const exceptionNames = new Map(
+  Object.entries(packages).map(([service, exports]) => {
+    const errors = Object.values<unknown>({ ...exports }).filter((e) => Array.isArray(e) && e[0] === Kind.error) as unknown[][];
+    const names = errors.flatMap(([, , name, traits]) => {
+      const onWire: unknown = Reflect.get(Object(traits), "awsQueryError");
+      return Array.isArray(onWire) ? [[String(onWire[0]), String(name)] as const] : [];
+    });
+    return [service, new Map(names)] as const;
+  }),
+);
+
+/** The name under which the SDK throws an error: its shape's, which may not be the code on the wire. */
+export const exceptionName = (service: Service, code: string): string => exceptionNames.get(service)?.get(code) ?? code;
 
 /** A copy of `value` with undefined members left out; what the schema does not know is reported by `fault`. */
 export function parse(schema: unknown, value: unknown, path: string, fault: (fault: Fault) => void): unknown {
