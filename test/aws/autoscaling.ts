@@ -24,7 +24,7 @@ import type {
   WarmPoolConfiguration,
 } from "@aws-sdk/client-auto-scaling";
 import type { InstanceRequirementsRequest, ResponseLaunchTemplateData } from "@aws-sdk/client-ec2";
-import { AwsError, page, wildcard } from "./basics.ts";
+import { AwsError, copyOf, page, wildcard } from "./basics.ts";
 import { mappingsOf } from "./ebs.ts";
 import { type Instance, type Lifecycle, matchingTypes, mergeTags, type Subnet } from "./ec2.ts";
 import { type CapacitySample, type GroupSpec, type Handlers, isoSeconds, type World } from "./world.ts";
@@ -446,7 +446,7 @@ export class AutoScaling {
       AutoScalingGroupName: group.name,
       AutoScalingGroupARN: group.arn,
       ...(group.template && { LaunchTemplate: { ...group.template } }),
-      ...(group.mixed && { MixedInstancesPolicy: structuredClone(group.mixed) }),
+      ...(group.mixed && { MixedInstancesPolicy: copyOf(group.mixed) }),
       ...(group.launchConfiguration && { LaunchConfigurationName: group.launchConfiguration }),
       ...(group.warmPool && { WarmPoolConfiguration: group.warmPool }),
       MinSize: group.min,
@@ -489,7 +489,7 @@ export class AutoScaling {
 
   #view(group: Group, viewMs: number): ReturnType<AutoScaling["describe"]> {
     const past = group.past.find(({ untilMs }) => untilMs > viewMs);
-    return past ? structuredClone(past.view) : this.describe(group);
+    return past ? copyOf(past.view) : this.describe(group);
   }
 
   /** To be called before what describes show of a group changes. */
