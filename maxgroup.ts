@@ -1109,6 +1109,8 @@ export function replacedBy(claim: Ec2Instance): string | undefined {
   const place = claim.tags[TAG.order]?.split(" ").indexOf(claim.id) ?? -1;
   return place < 0 ? undefined : olds[place];
 }
+/** Both tags are there from the launch on; what says less was tagged by somebody else. */
+const isClaim = ({ tags }: Ec2Instance) => /^i-[0-9a-f]+( i-[0-9a-f]+)*$/.test(tags[TAG.replaces] ?? "") && TAG.group in tags;
 const isSettled = (claim: Ec2Instance) => TAG.attached in claim.tags;
 /** Who wins where two claims live for one old instance: a settled one, then what is not lost, then the lowest ID, whatever is attached. */
 export function winner(claims: Ec2Instance[]): Ec2Instance | undefined {
@@ -4923,7 +4925,8 @@ async function managerLoop(ctx: Ctx): Promise<void> {
 /** One look at all claims and maximums; true while something is unsettled. */
 async function managerPass(ctx: Ctx): Promise<boolean> {
   const { state } = ctx;
-  const shown = await ctx.cloud.describe("reading claims", [{ Name: "tag-key", Values: [TAG.replaces] }]);
+  const tagged = await ctx.cloud.describe("reading claims", [{ Name: "tag-key", Values: [TAG.replaces] }]);
+  const shown = tagged.filter(isClaim);
   // What fails is tried again with the next pass, holds up nothing else, and is said once.
   const part = async <T>(what: string, run: () => Promise<T>, otherwise: T) => {
     let failed = false;

@@ -497,6 +497,21 @@ async function twoRaised(): Promise<{ s: Stage; raised: () => string[] }> {
   return { s, raised };
 }
 
+test("what somebody has tagged by hand, and no launch of ours could have, is nobody's to end", async () => {
+  const s = new Stage();
+  s.group({ name: "web", ...three });
+  const old = { "spotmax:replaces": "i-0123456789abcdef0" };
+  const ours = s.world.createInstance({ tags: { ...old, "spotmax:group": "web" } });
+  const theirs = [
+    old,
+    { "spotmax:replaces": "the old one", "spotmax:group": "web" },
+    { "spotmax:replaces": "", "spotmax:group": "web" },
+  ].map((tags) => s.world.createInstance({ tags }));
+  await s.start();
+  await s.seconds(1_800);
+  expect([ours, ...theirs].map(({ state }) => state === "running")).toEqual([false, true, true, true]);
+});
+
 test("a group that is being deleted does not keep the maximums of others raised", async () => {
   const { s, raised } = await twoRaised();
   await s.until(() => s.openClaims().length === 1, 60); // that of api is settled
