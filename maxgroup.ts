@@ -3146,7 +3146,9 @@ async function endOutside(ctx: Ctx, claim: string, group: string): Promise<boole
 /** The second read of one that is in no group, and its end; it may be attached at this moment, or have been and not show it yet. */
 async function endStray(ctx: Ctx, claim: string, group: string): Promise<boolean> {
   return lane(ctx, group).exclusive(async () => {
-    if (await ctx.cloud.member(claim)) return false;
+    const [member, shown] = await Promise.all([ctx.cloud.member(claim), ctx.cloud.instance(claim)]);
+    // Settled by another daemon meanwhile, it has had its place; and who is let go has a termination message.
+    if (member || (shown && (isSettled(shown) || TAG.detached in shown.tags))) return false;
     if (ctx.deps.now() - (ctx.state.joined.get(claim) ?? 0) < BELIEVED_MS) return false;
     await ctx.cloud.terminate(claim);
     ctx.state.claims.delete(claim);
@@ -3471,6 +3473,8 @@ async function detach(ctx: Ctx, work: Work): Promise<Result> {
       (await fateOf(ctx, now, claim, instance)) === "decremented"
     ) {
       if (now.members.get(claim)?.lifecycleState !== "InService") return again(`${claim} is not in service yet`);
+      // Another daemon may have settled a rival meanwhile.
+      if ((await claimOn(ctx, instance)).claim?.id !== claim) return again(`${claim} is not the only one for ${instance}`);
       await settle(ctx, group, [{ id: claim, keepProtected: work.oldProtected }]);
     }
     return done;

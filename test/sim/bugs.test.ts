@@ -512,6 +512,64 @@ test("what somebody has tagged by hand, and no launch of ours could have, is nob
   expect([ours, ...theirs].map(({ state }) => state === "running")).toEqual([false, true, true, true]);
 });
 
+test("one that was settled, replaced and let go meanwhile is not ended by a daemon that has been slow", async () => {
+  const s = new Stage();
+  const delays = { preaction_detach_delay_seconds: 0, preaction_termination_delay_seconds: 3_600 };
+  const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true, ...delays }));
+  const held = new Set<string>();
+  /** A daemon of which Auto Scaling and the queues hear nothing as long as it is held. */
+  const start = async (name: string) => {
+    const { deps, state } = (await s.start({ config: s.config({ wait_time_seconds: 1 }) })).ctx;
+    const hold = <C extends { send: unknown }>({ send }: C): C => {
+      const late = async (...args: unknown[]) => {
+        while (held.has(name)) await s.clock.sleep(500);
+        return (send as (...a: unknown[]) => Promise<unknown>)(...args);
+      };
+      return { send: late } as unknown as C;
+    };
+    const sqs = hold(deps.sqs(s.queues.detach));
+    Object.assign(deps, { autoScaling: hold(deps.autoScaling), sqs: () => sqs });
+    return state;
+  };
+  const [slow] = [await start("slow"), await start("quick")];
+  held.add("quick");
+  await s.seconds(5);
+  s.world.rebalance(old);
+  await s.until(() => [...slow.inHand.values()].some((work) => work.claim), 60);
+  const id = claimOf(s, old);
+  held.delete("quick");
+  held.add("slow");
+  s.world.rebalance(old);
+  await s.until(() => s.world.instance(id).tags.has("spotmax:attached"), 120);
+  s.world.instance(id).launchedAtMs -= 3_600_000;
+  s.world.rebalance(id);
+  await s.until(() => s.world.instance(id).tags.has("spotmax:detached") && s.world.instance(id).group === undefined, 120);
+  held.delete("slow");
+  await s.seconds(60);
+  expect(s.world.instance(id).state).toBe("running");
+});
+
+test("a rival that another daemon has settled by the time of the settling is the one that stays", async () => {
+  const s = new Stage();
+  const old = first(s.group({ name: "web", min: 1, max: 9, desired: 3 }, { detaching_delay_seconds: 60 }));
+  const { state } = (await s.start()).ctx;
+  s.world.interrupt(old);
+  await inService(s);
+  const rival = s.world.createInstance({}).id;
+  const web = { AutoScalingGroupName: "web" };
+  await s.call("autoscaling", "AttachInstances", { ...web, InstanceIds: [rival] });
+  let isHung = true;
+  s.world.intercept = ({ operation }) => (isHung && operation === "DescribeScalingActivities" ? { hang: true } : undefined);
+  await s.call("autoscaling", "DetachInstances", { ...web, InstanceIds: [old], ShouldDecrementDesiredCapacity: true });
+  await s.until(() => [...state.inHand.values()].some((work) => work.left && work.claim), 120);
+  await s.seconds(2);
+  const { tags } = s.world.instance(rival);
+  tags.set("spotmax:replaces", old).set("spotmax:group", "web").set("spotmax:attached", new Date(s.clock.now()).toISOString());
+  isHung = false;
+  await s.quiet(3_600);
+  expect([sizes(s), s.world.autoscaling.groups.get("web")?.members.has(rival)]).toEqual([[1, 9, 3], true]);
+});
+
 test("a group that is being deleted does not keep the maximums of others raised", async () => {
   const { s, raised } = await twoRaised();
   await s.until(() => s.openClaims().length === 1, 60); // that of api is settled
