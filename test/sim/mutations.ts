@@ -103,10 +103,10 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "nobody looks for an earlier launch",
-    seed: 11,
+    seed: 9,
     edits: [[/const claim = await standsFor\(ctx, work\.instance\);/, "const claim = winner([]);"]],
   },
-  { name: "a batch is tagged in the order of the answer", seed: 5, edits: [[/\n {2}ids\.sort\(\);/, ""]] },
+  { name: "a batch is tagged in the order of the answer", seed: 111, edits: [[/\n {2}ids\.sort\(\);/, ""]] },
   {
     name: "preaction takes whom it finds, however young",
     seed: 21,
@@ -196,7 +196,7 @@ export const MUTATIONS: Mutation[] = [
   },
   {
     name: "what is young is replaced",
-    seed: 15,
+    seed: 2,
     edits: [[/if \(old && cloudNow\(ctx\) - old\.launchedMs < YOUNG_MS\)/, "if (false)"]],
   },
   {
