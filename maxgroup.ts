@@ -2104,14 +2104,16 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   work.group = name;
   work.member = member;
 
-  // Before anything can fail, for it travels in every copy. A replacement that is itself replaced is protected by us.
+  // Before anything can fail, for it travels in every copy. A replacement that is itself replaced is protected by us: it
+  // is as the first of its line.
   const isOurs = member && claim && !isSettled(claim);
-  const kept = claim && keptSince(ctx, claim);
-  if (member) work.oldProtected = (kept ?? member.isProtected) && !isOurs;
+  const origin = isOurs ? await originOf(ctx, instance) : member;
+  if (origin) work.oldProtected = (claim && keptSince(ctx, claim)) ?? origin.isProtected;
+  const isUnknown = !origin && !work.old && !notice.carried;
   const [group, old] = await Promise.all([ctx.cloud.group(name), ctx.cloud.instance(instance)]);
   work.old = old;
   // Where nobody can tell any more (it has just left), it was as its group has them.
-  if (isOurs || (!member && !notice.carried)) work.oldProtected = group?.protectsNew ?? false;
+  if (isUnknown) work.oldProtected = group?.protectsNew ?? false;
   const fault = await judge(ctx, work, group);
   if (fault?.is === "skip" && isAtRisk) return keepData(ctx, work, fault);
   if (fault && isAtRisk) await protectVolume(ctx, work);
@@ -2129,6 +2131,13 @@ async function findGroup(ctx: Ctx, work: Work): Promise<Result> {
   if (first) work.log.info(`${notice.kind} notice: replacing ${instance} within ${left} s`, { type: old?.type, zone: old?.zone });
   if (old?.spot) remember(ctx, "spot", old.type, old.zone, "reclaimed");
   return done;
+}
+
+/** Whom a line of replacements began with, none of which is settled yet, if that one is still a member. */
+async function originOf(ctx: Ctx, claim: string): Promise<Member | undefined> {
+  const before = await openClaimOn(ctx, claim);
+  if (!before) return undefined;
+  return (await openClaimOn(ctx, before)) ? originOf(ctx, before) : ctx.cloud.member(before);
 }
 
 /** The table of states: why nothing is (or not yet) to be launched for this member. */

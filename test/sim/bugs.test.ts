@@ -549,6 +549,25 @@ test("one that was settled, replaced and let go meanwhile is not ended by a daem
   expect(s.world.instance(id).state).toBe("running");
 });
 
+test("a line of replacements, none of them settled yet, hands on that the first one was protected by hand", async () => {
+  const s = new Stage({ pendingMs: [6_000, 6_000] });
+  const old = first(s.group({ name: "web", min: 1, max: 9, desired: 3 }, { detaching_delay_seconds: 85 }));
+  const web = { AutoScalingGroupName: "web" };
+  await s.call("autoscaling", "SetInstanceProtection", { ...web, InstanceIds: [old], ProtectedFromScaleIn: true });
+  await s.start();
+  s.world.interrupt(old);
+  const one = await inService(s);
+  s.world.interrupt(one);
+  const two = await inService(s, [one]);
+  // Both go by somebody else's hand.
+  const out = { ShouldDecrementDesiredCapacity: true };
+  await s.call("autoscaling", "TerminateInstanceInAutoScalingGroup", { InstanceId: one, ...out });
+  await s.call("autoscaling", "DetachInstances", { ...web, InstanceIds: [old], ...out });
+  await s.quiet(3_600);
+  const group = s.world.autoscaling.groups.get("web");
+  expect([sizes(s), group?.members.get(two)?.protected]).toEqual([[1, 9, 3], true]);
+});
+
 test("a rival that another daemon has settled by the time of the settling is the one that stays", async () => {
   const s = new Stage();
   const old = first(s.group({ name: "web", min: 1, max: 9, desired: 3 }, { detaching_delay_seconds: 60 }));
@@ -1277,12 +1296,7 @@ test("a member that its group does not show for a moment is no stranger", async 
   const s = new Stage();
   const old = first(s.group({ name: "web", ...three }));
   await s.start();
-  const untilMs = s.clock.now() + 6_000;
-  const { operations } = s.world.autoscaling;
-  const { DescribeAutoScalingInstances: find } = operations;
-  const DescribeAutoScalingInstances = (input: never) =>
-    s.clock.now() < untilMs ? { AutoScalingInstances: [] } : find?.(input, {});
-  Object.assign(operations, { DescribeAutoScalingInstances });
+  hide(s, old, 6_000);
   s.world.interrupt(old);
   await s.quiet();
   s.check([old], { web: [3, 5, 3] });

@@ -275,7 +275,7 @@ export const MUTATIONS: Mutation[] = [
   {
     name: "protection is taken to be as the group has it",
     seed: 34,
-    edits: [[/if \(isOurs \|\| \(!member && !notice\.carried\)\) work/, "if (!notice.carried) work"]],
+    edits: [[/if \(isUnknown\) work/, "if (!notice.carried) work"]],
   },
   {
     name: "of a cluster's lists only the first page is read",
