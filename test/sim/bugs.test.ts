@@ -15,6 +15,9 @@ const sizes = (s: Stage, name = "web") => {
   const g = s.world.autoscaling.groups.get(name);
   return [g?.min, g?.max, g?.desired];
 };
+/** As its owner does, by hand. */
+const protect = (s: Stage, id: string) =>
+  s.call("autoscaling", "SetInstanceProtection", { AutoScalingGroupName: "web", InstanceIds: [id], ProtectedFromScaleIn: true });
 /** Who was launched for it alone, or in a batch. */
 const claimOf = (s: Stage, old: string): string => {
   const claims = [...s.world.ec2.instances.values()].filter((i) => i.tags.get("spotmax:replaces")?.includes(old));
@@ -333,11 +336,7 @@ test("half an answer about a group changes no size", async () => {
 test("a second notice, read when the old one has left, does not take the replacement's protection away", async () => {
   const s = new Stage();
   const old = first(s.group({ name: "web", ...three }));
-  await s.call("autoscaling", "SetInstanceProtection", {
-    AutoScalingGroupName: "web",
-    InstanceIds: [old],
-    ProtectedFromScaleIn: true,
-  });
+  await protect(s, old);
   const daemon = await s.start();
   let isOut = false;
   s.world.intercept = ({ operation }) => {
@@ -354,6 +353,7 @@ test("a second notice, read when the old one has left, does not take the replace
   await s.start();
   await s.quiet(3600);
   await s.seconds(200);
+  expect([sizes(s), s.least("web"), s.openClaims()]).toEqual([[3, 5, 3], 3, []]);
   const [claim] = [...s.world.ec2.instances.values()].filter((i) => i.tags.has("spotmax:attached"));
   expect(s.world.autoscaling.groups.get("web")?.members.get(claim?.id ?? "")?.protected).toBe(true);
 });
@@ -553,7 +553,7 @@ test("a line of replacements, none of them settled yet, hands on that the first 
   const s = new Stage({ pendingMs: [6_000, 6_000] });
   const old = first(s.group({ name: "web", min: 1, max: 9, desired: 3 }, { detaching_delay_seconds: 85 }));
   const web = { AutoScalingGroupName: "web" };
-  await s.call("autoscaling", "SetInstanceProtection", { ...web, InstanceIds: [old], ProtectedFromScaleIn: true });
+  await protect(s, old);
   await s.start();
   s.world.interrupt(old);
   const one = await inService(s);
@@ -999,8 +999,7 @@ test("a daemon that dies right after its detach leaves it to the message, which 
   for (const visibility_timeout_seconds of [61, 200]) {
     const s = new Stage();
     const old = first(s.group({ name: "web", ...three }));
-    const on = { AutoScalingGroupName: "web", InstanceIds: [old], ProtectedFromScaleIn: true };
-    await s.call("autoscaling", "SetInstanceProtection", on);
+    await protect(s, old);
     const config = s.config();
     config.global.detach_evt_sqs.visibility_timeout_seconds = visibility_timeout_seconds;
     const daemon = await s.start({ config });
@@ -1022,8 +1021,7 @@ test("a daemon that dies right after its detach leaves it to the message, which 
 test("one protected by hand hands that on, though its replacement is never protected beside it", async () => {
   const s = new Stage();
   const [old = "", other = ""] = s.group({ name: "web", ...three }, { detaching_delay_seconds: 0 });
-  const on = { AutoScalingGroupName: "web", InstanceIds: [old], ProtectedFromScaleIn: true };
-  await s.call("autoscaling", "SetInstanceProtection", on);
+  await protect(s, old);
   await s.start();
   for (const id of [old, other]) s.world.interrupt(id);
   await s.quiet();
@@ -1060,8 +1058,7 @@ test("how an old one left once is not how it leaves after somebody has attached 
 test("a detach message that is lost is sent once more, and knows that the old one was protected", async () => {
   const s = new Stage();
   const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));
-  const on = { AutoScalingGroupName: "web", InstanceIds: [old], ProtectedFromScaleIn: true };
-  await s.call("autoscaling", "SetInstanceProtection", on);
+  await protect(s, old);
   await s.start();
   s.world.rebalance(old);
   // Its message is answered, and lost.
@@ -1247,8 +1244,7 @@ test("a replacement stays protected as its old one was, however near the detach 
     const isLast = attach === "seconds before the deadline";
     const s = new Stage(isLast ? { pendingMs: [111_500, 111_500], attachMs: [5_000, 5_000] } : {});
     const old = first(s.group({ name: "web", ...three }, { detaching_delay_seconds: 0 }));
-    const on = { AutoScalingGroupName: "web", InstanceIds: [old], ProtectedFromScaleIn: true };
-    await s.call("autoscaling", "SetInstanceProtection", on);
+    await protect(s, old);
     await s.start();
     s.world.interrupt(old);
     await s.until(() => s.openClaims().length === 1, 60);
@@ -1280,8 +1276,7 @@ test("a replacement that is attached as it grows too old to be left outside is n
 test("a replacement that has a notice before it is settled hands on what it is left with", async () => {
   const s = new Stage();
   const old = first(s.group({ name: "web", ...three }, { is_to_handle_rebalance_event: true }));
-  const on = { AutoScalingGroupName: "web", InstanceIds: [old], ProtectedFromScaleIn: true };
-  await s.call("autoscaling", "SetInstanceProtection", on);
+  await protect(s, old);
   await s.start();
   s.world.interrupt(old);
   const one = await inService(s);
@@ -1310,8 +1305,7 @@ test("a replacement that protects itself, minutes after it was settled, stays so
   const claim = await inService(s);
   await s.until(() => s.world.instance(claim).tags.has("spotmax:attached"), 300);
   await s.seconds(150);
-  const InstanceIds = [claim];
-  await s.call("autoscaling", "SetInstanceProtection", { AutoScalingGroupName: "web", InstanceIds, ProtectedFromScaleIn: true });
+  await protect(s, claim);
   await s.quiet();
   await s.seconds(600);
   expect(s.world.autoscaling.groups.get("web")?.members.get(claim)?.protected).toBe(true);
