@@ -18,7 +18,7 @@ import type {
   TagSpecification,
   TerminateInstancesRequest,
 } from "@aws-sdk/client-ec2";
-import { AwsError, page, wildcard } from "./basics.ts";
+import { AwsError, copyOf, page, wildcard } from "./basics.ts";
 import { INSTANCE_TYPES, type InstanceTypeFacts } from "./catalogue.ts";
 import { type Content, type DeviceMapping, Ebs, mergeDevices, ROOT_DEVICE, type Volume } from "./ebs.ts";
 import { type Handlers, isoSeconds, type World } from "./world.ts";
@@ -261,7 +261,7 @@ export class Ec2 {
           VersionNumber: number,
           DefaultVersion: number === template.defaultVersion,
           CreateTime: new Date(template.versions[number - 1]?.createdAtMs ?? 0),
-          LaunchTemplateData: structuredClone(template.versions[number - 1]?.data ?? {}),
+          LaunchTemplateData: copyOf(template.versions[number - 1]?.data ?? {}),
         })),
         NextToken: next,
       };
@@ -806,7 +806,7 @@ export class Ec2 {
     dryRun(input.DryRun);
     return this.idempotent("CreateFleet ", input.ClientToken, input, () => {
       const answer = this.#fulfil(plan, input);
-      return () => structuredClone(answer);
+      return () => copyOf(answer);
     });
   }
 

@@ -3,7 +3,7 @@
 import type { LaunchTemplateOverrides } from "@aws-sdk/client-auto-scaling";
 import type { ResponseLaunchTemplateData } from "@aws-sdk/client-ec2";
 import { AutoScaling } from "./autoscaling.ts";
-import { AwsError, faultError, operationSchema, parse, Random, type Range, type Service } from "./basics.ts";
+import { AwsError, copyOf, faultError, operationSchema, parse, Random, type Range, type Service } from "./basics.ts";
 import type { Clock } from "./clock.ts";
 import { mappingsOf, type VolumeSpec } from "./ebs.ts";
 import { Ec2, type Instance, type Pool } from "./ec2.ts";
@@ -80,7 +80,7 @@ export interface Fault {
   wait?: Promise<unknown>;
   /** No answer, ever, and no effect; only an abort ends it. */
   hang?: boolean;
-  /** No answer, ever, and the effect, after \`delayMs\`, whether or not its caller still waits. */
+  /** No answer, ever, and the effect, after `delayMs`, whether or not its caller still waits. */
   lost?: boolean;
 }
 
@@ -225,7 +225,7 @@ export class World {
   buckets = false;
   /** A describe that is asked for pages may begin with an empty one, with a token for the rest. */
   emptyFirstPages = false;
-  readonly bucketSizes: Record<BucketName, [number, number]> = structuredClone(BUCKETS);
+  readonly bucketSizes: Record<BucketName, [number, number]> = copyOf(BUCKETS);
   readonly #tokens = new Map<BucketName, { tokens: number; atMs: number }>();
   /** Faults on purpose; asked once for every call. */
   intercept: ((call: Call) => Fault | undefined) | undefined;
@@ -246,7 +246,7 @@ export class World {
     this.cidr = options.cidr ?? "127.0.0.0/16";
     this.checkOutputs = options.checkOutputs ?? false;
     const given = Object.entries(options).filter(([key, value]) => key in DEFAULT_DELAYS && value !== undefined);
-    this.delays = { ...structuredClone(DEFAULT_DELAYS), ...(Object.fromEntries(given) as Partial<Delays>) };
+    this.delays = { ...copyOf(DEFAULT_DELAYS), ...(Object.fromEntries(given) as Partial<Delays>) };
     this.ec2 = new Ec2(this);
     this.elbv2 = new Elbv2(this);
     this.autoscaling = new AutoScaling(this);
@@ -264,17 +264,15 @@ export class World {
     try {
       const fault = this.intercept?.({ service, operation, input });
       const latencyMs = this.random.between(this.delays.latencyMs);
-      if (fault?.hang) await new Promise<never>((_, reject) => onAbort(signal, reject));
-      if (fault?.lost) {
-        // Its caller hears nothing and gives up; the effect comes all the same.
-        void this.#pass(Math.floor(latencyMs / 2) + (fault.delayMs ?? 0), undefined)
+      const arriveMs = Math.floor(latencyMs / 2) + (fault?.delayMs ?? 0);
+      if (fault?.lost)
+        void this.#pass(arriveMs, undefined)
           .then(() => this.#perform(service, operation, input, undefined))
           .catch((error) => {
-            if (!(error instanceof AwsError)) throw error;
+            if (!(error instanceof AwsError)) throw error; // a refusal that nobody hears
           });
-        await new Promise<never>((_, reject) => onAbort(signal, reject));
-      }
-      await this.#pass(Math.floor(latencyMs / 2) + (fault?.delayMs ?? 0), signal);
+      if (fault?.hang || fault?.lost) await new Promise<never>((_, reject) => onAbort(signal, reject));
+      await this.#pass(arriveMs, signal);
       if (fault?.wait) await fault.wait;
       let answer: object;
       try {
