@@ -1146,34 +1146,31 @@ class Life {
     const { world } = this.#stage;
     const random = streamOf(this.#seed, "accidents");
     const has = (name: Feature) => this.#features.has(name);
-    const anyone = () =>
-      pick(
-        random,
-        this.#slots.filter((slot) => slot.alive && slot.killIn === undefined),
-      );
+    const anyone = (stream = random) =>
+      this.#isOver
+        ? undefined
+        : pick(
+            stream,
+            this.#slots.filter((slot) => slot.alive && slot.killIn === undefined),
+          );
     if (has("kills"))
       for (let n = random.between([1, 6]); n > 0; n--)
         world.after(this.#moment(random), () => {
-          const slot = this.#isOver ? undefined : anyone();
+          const slot = anyone();
           if (slot) slot.killIn = random.between([0, choose(random, 5, 30, 100)]);
         });
     if (has("deaths")) {
       const stream = streamOf(this.#seed, "deaths");
       for (let n = stream.between([1, 6]); n > 0; n--)
         world.after(this.#moment(stream), () => {
-          const slot = this.#isOver
-            ? undefined
-            : pick(
-                stream,
-                this.#slots.filter(({ alive }) => alive),
-              );
+          const slot = anyone(stream);
           if (slot) slot.killOn = sample(stream, CHANGES, 5);
         });
     }
     if (has("sigterms"))
       for (let n = random.between([1, 3]); n > 0; n--)
         world.after(this.#moment(random), () => {
-          const slot = this.#isOver ? undefined : anyone();
+          const slot = anyone();
           if (!slot) return;
           this.#say("SIGTERM");
           slot.daemon?.sigterm();
