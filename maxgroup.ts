@@ -1418,10 +1418,8 @@ const newState = (config: Config) => ({
   untoldMs: new Map<string, number>(),
   /** When a detach message for an old instance was last in hand here, or sent by the instance manager. */
   detachSeenMs: new Map<string, number>(),
-  /** When the agents of old instances were asked to let their services go: once, whatever came of it. */
-  deregisteredMs: new Map<string, number>(),
-  /** Resolves once such an agent has answered, or has had its time. */
-  deregistering: new Map<string, Promise<void>>(),
+  /** The agents of old instances are asked once to let their services go: when, and until when that may take. */
+  deregistered: new Map<string, { atMs: number; over: Promise<void> }>(),
   /** Messages whose work is done and whose deletion failed: seen again, they are only deleted. */
   finishedMs: new Map<string, number>(),
   /** Since when a claim is seen as it is, and when it was last acted on, by claim and matter. */
@@ -4820,34 +4818,30 @@ export function whoseAgent(self: unknown, old: string, replacementAddress: strin
 }
 
 async function deregister(ctx: Ctx, work: Work): Promise<Result> {
-  const { deps, state } = ctx;
-  const isBegun = () => state.deregisteredMs.has(work.instance);
-  if (work.left || (!isBegun() && (await staysBeside(ctx, work)))) return done;
-  if (!isBegun()) {
-    state.deregisteredMs.set(work.instance, deps.now());
-    const limit = new AbortController();
-    const late = deps.sleep(CONSUL_MS, limit.signal).then(() => {
-      throw new Error(`no answer in ${CONSUL_MS / 1000} s`);
-    });
-    const asking = Promise.race([leaveConsul(ctx, work, limit.signal), late])
-      .catch((error: unknown) => work.log.warn(`Consul on ${work.instance}: ${errorText(error)}; going on`))
-      .finally(() => {
-        limit.abort(new Stopped("enough"));
-        state.deregistering.delete(work.instance);
-      });
-    state.deregistering.set(work.instance, asking);
-  }
+  const { deregistered } = ctx.state;
+  if (work.left || (!deregistered.has(work.instance) && (await staysBeside(ctx, work)))) return done;
   // Whichever of its messages has begun it, none goes on to the detach before.
-  const asked = state.deregistering.get(work.instance);
+  const begun = deregistered.get(work.instance) ?? { atMs: ctx.deps.now(), over: askAgent(ctx, work) };
+  deregistered.set(work.instance, begun);
   // Five seconds before the deadline nothing is waited for: the agent is asked beside the detach.
   const spareMs = work.deadlineMs === undefined ? CONSUL_MS : work.deadlineMs - 5_000 - cloudNow(ctx);
-  if (spareMs > 0) await Promise.race([asked, pause(ctx, Math.min(CONSUL_MS, spareMs))]);
+  if (spareMs > 0) await Promise.race([begun.over, pause(ctx, Math.min(CONSUL_MS, spareMs))]);
   return done;
+}
+/** Resolves once the agent has answered, or has had its time. */
+async function askAgent(ctx: Ctx, work: Work): Promise<void> {
+  const limit = new AbortController();
+  const late = ctx.deps.sleep(CONSUL_MS, limit.signal).then(() => {
+    throw new Error(`no answer in ${CONSUL_MS / 1000} s`);
+  });
+  await Promise.race([leaveConsul(ctx, work, limit.signal), late])
+    .catch((error: unknown) => work.log.warn(`Consul on ${work.instance}: ${errorText(error)}; going on`))
+    .finally(() => limit.abort(new Stopped("enough")));
 }
 
 /** Of one that stays after all, and is asked anew at its next notice. */
 function sayConsulLeft({ state }: Ctx, { instance, log }: Work): void {
-  if (state.deregisteredMs.delete(instance))
+  if (state.deregistered.delete(instance))
     log.warn(`the services of ${instance} have left Consul, and it stays: end its agent's maintenance mode, register them again`);
 }
 
@@ -4990,11 +4984,12 @@ function forget(ctx: Ctx, open: Ec2Instance[]): void {
   const alive = new Set(open.map((c) => c.id));
   for (const map of [ctx.state.outsideSince, ctx.state.actedMs])
     for (const key of map.keys()) if (!alive.has(key.split(" ")[0] ?? "")) map.delete(key);
-  for (const map of [ctx.state.detachSeenMs, ctx.state.deregisteredMs, ctx.state.finishedMs, ctx.state.untoldMs])
+  for (const map of [ctx.state.detachSeenMs, ctx.state.finishedMs, ctx.state.untoldMs])
     for (const [key, atMs] of map) if (ctx.deps.now() - atMs > 3_600_000) map.delete(key);
   for (const id of ctx.state.joined.keys()) if (!ctx.state.claims.has(id)) ctx.state.joined.delete(id);
   if (ctx.state.left.size > 10_000) ctx.state.left.clear(); // a memory to save calls, no more
   for (const { names } of ctx.state.clusters.values()) if (names.size > 10_000) names.clear(); // likewise
+  for (const [id, { atMs }] of ctx.state.deregistered) if (ctx.deps.now() - atMs > 3_600_000) ctx.state.deregistered.delete(id);
   for (const [key, { atMs }] of ctx.state.cache) if (ctx.deps.now() - atMs > 60_000) ctx.state.cache.delete(key);
   for (const [key, untilMs] of ctx.state.failedPools) if (untilMs < ctx.deps.now()) ctx.state.failedPools.delete(key);
 }
@@ -5072,14 +5067,8 @@ async function settleClaims(ctx: Ctx, open: Ec2Instance[]): Promise<void> {
       const name = member?.group ?? claim.tags[TAG.group] ?? "";
       const group = await groupOf(ctx, name);
       const old = replacedBy(claim);
-      return {
-        claim,
-        member,
-        name,
-        group,
-        old,
-        fate: old && group ? await fateOf(ctx, group, claim.id, old) : ("unknown" as const),
-      };
+      const fate = old && group ? await fateOf(ctx, group, claim.id, old) : ("unknown" as const);
+      return { claim, member, name, group, old, fate };
     }),
   );
   const rivals = Map.groupBy(ctx.state.claims.values(), (c) => replacedBy(c) ?? "");
